@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The SwiGLU expert pass, from tokens to tokens:
+//
+//   [g, u] = W1_e x[t]          pre-activation, row r of expert e, token t = row_token[r]
+//   a      = silu(g) * u
+//   y[t]   = sum over the rows of t of s_r * W2_e a,   s_r = expert_weights[row_slot[r]]
+//
+// Kept for the backward pass: x and the pre-activation. The permuted input, the expert's output and its gradient are
+// never stored; the gradient of s_r is <d(s a), a>, so it falls out of the activation's gradient.
+#pragma once
+
+#include "common/types.h"
+#include "grouped_matmul/grouped_matmul.h"
+
+namespace dynamic_moe {
+
+struct ExpertMlpParams {
+  RowGroups groups;
+  const int32_t* row_slot;     // [R]
+  const void* expert_weights;  // [T, K] float32 (float64 for float64), read at row_slot[r]
+  const void* x;               // [T, H]
+  const void* gate_up_proj;    // [E, 2I, H]: the I gate rows, then the I up rows
+  const void* down_proj;       // [E, H, I]
+  void* pre_activation;        // [R, 2I] written for the backward pass, or null (inference)
+  void* y;                     // [T, H]
+  int64_t hidden_size;         // H
+  int64_t intermediate_size;   // I
+  DType dtype;                 // of x, the projections, pre_activation and y
+};
+void expert_mlp_cpu(const ExpertMlpParams& params);
+
+struct ExpertMlpBackwardParams {
+  RowGroups groups;
+  const int32_t* row_slot;
+  const void* expert_weights;
+  const void* x;
+  const void* gate_up_proj;
+  const void* down_proj;
+  const void* pre_activation;  // [R, 2I] as the forward pass wrote it
+  const void* dy;              // [T, H]
+  void* dx;                    // [T, H] or null
+  void* d_gate_up_proj;        // [E, 2I, H] or null
+  void* d_down_proj;           // [E, H, I] or null
+  void* d_expert_weights;      // [num_slots] float32 (float64 for float64) or null; 0 where no row points
+  int64_t num_slots;           // T * K
+  int64_t hidden_size;
+  int64_t intermediate_size;
+  DType dtype;
+};
+void expert_mlp_backward_cpu(const ExpertMlpBackwardParams& params);
+
+}  // namespace dynamic_moe

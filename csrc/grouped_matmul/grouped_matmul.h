@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Grouped matmul: the rows of expert e (expert_offsets[e] to expert_offsets[e + 1]) times expert e's matrix. Groups are
+// ragged and may be empty; nothing is padded. Sums are float32 (float64 for float64) and run over the inner index in
+// ascending order for every element, so results do not depend on the number of threads.
+#pragma once
+
+#include "common/types.h"
+
+namespace dynamic_moe {
+
+// The ragged problem that the three products share.
+struct RowGroups {
+  const int32_t* expert_offsets;  // [E + 1], ascending, the last one is R
+  const int32_t* row_token;       // [R] row r reads x[row_token[r]]; null: row r reads x[r]
+  int64_t num_rows;               // R
+  int64_t num_tokens;             // T: rows of x (R where row_token is null)
+  int32_t num_experts;            // E
+};
+
+// y[r] = W_e x[row_token[r]]
+struct GroupedMatmulParams {
+  RowGroups groups;
+  const void* x;       // [T, K]
+  const void* weight;  // [E, N, K]
+  void* y;             // [R, N]
+  int64_t n, k;
+  DType dtype;  // of x, weight and y
+};
+void grouped_matmul_cpu(const GroupedMatmulParams& params);
+
+// dx[t] = sum over the rows r of token t of W_e^T dy[r], experts in ascending order
+struct GroupedMatmulDxParams {
+  RowGroups groups;
+  const void* dy;      // [R, N]
+  const void* weight;  // [E, N, K]
+  void* dx;            // [T, K]
+  int64_t n, k;
+  DType dtype;
+};
+void grouped_matmul_dx_cpu(const GroupedMatmulDxParams& params);
+
+// dW_e = sum over the rows r of e of dy[r] x[row_token[r]]^T; exactly 0 for an expert without rows
+struct GroupedMatmulDwParams {
+  RowGroups groups;
+  const void* dy;  // [R, N]
+  const void* x;   // [T, K]
+  void* dw;        // [E, N, K]
+  int64_t n, k;
+  DType dtype;
+};
+void grouped_matmul_dw_cpu(const GroupedMatmulDwParams& params);
+
+}  // namespace dynamic_moe
