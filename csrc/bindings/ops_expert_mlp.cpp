@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU kernels of expert_mlp and expert_mlp_backward.
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "bindings/checks.h"
+#include "expert_mlp/expert_mlp.h"
+
+namespace dynamic_moe::bindings {
+namespace {
+
+// What the forward and the backward pass have in common: checked tensors and sizes.
+struct Problem {
+  DType dtype;
+  Tensor x;               // [T, H]
+  Tensor gate_up_proj;    // [E, 2I, H]
+  Tensor down_proj;       // [E, H, I]
+  Tensor expert_weights;  // [T, K]
+  Tensor expert_offsets;  // [E + 1]
+  Tensor row_token;       // [R]
+  Tensor row_slot;        // [R]
+  int64_t num_tokens, num_experts, max_experts, num_rows, hidden_size, intermediate_size;
+
+  RowGroups groups() const {
+    return {.expert_offsets = data<int32_t>(expert_offsets),
+            .row_token = data<int32_t>(row_token),
+            .num_rows = num_rows,
+            .num_tokens = num_tokens,
+            .num_experts = static_cast<int32_t>(num_experts)};
+  }
+};
+
+Problem checked_problem(const Tensor& x_in, const Tensor& gate_up_in, const Tensor& down_in, const Tensor& weights_in,
+                        const Tensor& offsets_in, const Tensor& row_token_in, const Tensor& row_slot_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const ScalarType type = scalar_type(dtype);
+  const Tensor x = checked("x", x_in, type, {kAnySize, kAnySize});
+  const int64_t num_tokens = x.size(0);
+  const int64_t hidden_size = x.size(1);
+  const Tensor down_proj = checked("down_proj", down_in, type, {kAnySize, hidden_size, kAnySize});
+  const int64_t num_experts = down_proj.size(0);
+  const int64_t intermediate_size = down_proj.size(2);
+  const Tensor gate_up_proj =
+      checked("gate_up_proj", gate_up_in, type, {num_experts, 2 * intermediate_size, hidden_size});
+  const Tensor expert_weights =
+      checked("expert_weights", weights_in, accumulator_type(dtype), {num_tokens, kAnySize});
+  const int64_t max_experts = expert_weights.size(1);
+  check_range("the number of experts", num_experts, 1, std::numeric_limits<int32_t>::max() - 1);
+  check_fits_int32("tokens * experts per token", num_tokens * max_experts);
+  const Tensor expert_offsets = checked("expert_offsets", offsets_in, ScalarType::Int, {num_experts + 1});
+  const Tensor row_token = checked("row_token", row_token_in, ScalarType::Int, {kAnySize});
+  const int64_t num_rows = row_token.size(0);
+  const Tensor row_slot = checked("row_slot", row_slot_in, ScalarType::Int, {num_rows});
+  check_offsets(expert_offsets, num_rows);
+  check_rows(row_token, row_slot, num_tokens, max_experts);
+  return {dtype,      x,           gate_up_proj, down_proj,   expert_weights, expert_offsets, row_token,
+          row_slot,   num_tokens,  num_experts,  max_experts, num_rows,       hidden_size,    intermediate_size};
+}
+
+std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gate_up_proj, const Tensor& down_proj,
+                                      const Tensor& expert_weights, const Tensor& expert_offsets,
+                                      const Tensor& row_token, const Tensor& row_slot, bool keep_pre_activation) {
+  const Problem problem =
+      checked_problem(x, gate_up_proj, down_proj, expert_weights, expert_offsets, row_token, row_slot);
+  const ScalarType type = scalar_type(problem.dtype);
+  const Tensor y = empty({problem.num_tokens, problem.hidden_size}, type);
+  const Tensor pre_activation =
+      empty({keep_pre_activation ? problem.num_rows : 0, 2 * problem.intermediate_size}, type);
+  expert_mlp_cpu({.groups = problem.groups(),
+                  .row_slot = data<int32_t>(problem.row_slot),
+                  .expert_weights = data(problem.expert_weights),
+                  .x = data(problem.x),
+                  .gate_up_proj = data(problem.gate_up_proj),
+                  .down_proj = data(problem.down_proj),
+                  .pre_activation = keep_pre_activation ? mutable_data(pre_activation) : nullptr,
+                  .y = mutable_data(y),
+                  .hidden_size = problem.hidden_size,
+                  .intermediate_size = problem.intermediate_size,
+                  .dtype = problem.dtype});
+  return {y, pre_activation};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
+    const Tensor& dy_in, const Tensor& x, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const Tensor& expert_weights, const Tensor& expert_offsets, const Tensor& row_token, const Tensor& row_slot,
+    const Tensor& pre_activation_in, bool need_x, bool need_weights, bool need_expert_weights) {
+  const Problem problem =
+      checked_problem(x, gate_up_proj, down_proj, expert_weights, expert_offsets, row_token, row_slot);
+  const ScalarType type = scalar_type(problem.dtype);
+  const ScalarType acc = accumulator_type(problem.dtype);
+  const int64_t hidden = problem.hidden_size;
+  const int64_t intermediate = problem.intermediate_size;
+  const Tensor dy = checked("dy", dy_in, type, {problem.num_tokens, hidden});
+  const Tensor pre_activation =
+      checked("pre_activation", pre_activation_in, type, {problem.num_rows, 2 * intermediate});
+
+  const Tensor dx = need_x ? empty({problem.num_tokens, hidden}, type) : empty({0}, type);
+  const Tensor d_gate_up = need_weights ? empty({problem.num_experts, 2 * intermediate, hidden}, type) : empty({0}, type);
+  const Tensor d_down = need_weights ? empty({problem.num_experts, hidden, intermediate}, type) : empty({0}, type);
+  const Tensor d_weights = need_expert_weights ? empty({problem.num_tokens, problem.max_experts}, acc) : empty({0}, acc);
+  expert_mlp_backward_cpu({.groups = problem.groups(),
+                           .row_slot = data<int32_t>(problem.row_slot),
+                           .expert_weights = data(problem.expert_weights),
+                           .x = data(problem.x),
+                           .gate_up_proj = data(problem.gate_up_proj),
+                           .down_proj = data(problem.down_proj),
+                           .pre_activation = data(pre_activation),
+                           .dy = data(dy),
+                           .dx = need_x ? mutable_data(dx) : nullptr,
+                           .d_gate_up_proj = need_weights ? mutable_data(d_gate_up) : nullptr,
+                           .d_down_proj = need_weights ? mutable_data(d_down) : nullptr,
+                           .d_expert_weights = need_expert_weights ? mutable_data(d_weights) : nullptr,
+                           .num_slots = problem.num_tokens * problem.max_experts,
+                           .hidden_size = hidden,
+                           .intermediate_size = intermediate,
+                           .dtype = problem.dtype});
+  return {dx, d_gate_up, d_down, d_weights};
+}
+
+}  // namespace
+}  // namespace dynamic_moe::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(dynamic_moe, CPU, m) {
+  using namespace dynamic_moe::bindings;
+  m.impl("expert_mlp", TORCH_BOX(&expert_mlp));
+  m.impl("expert_mlp_backward", TORCH_BOX(&expert_mlp_backward));
+}
