@@ -19,6 +19,8 @@ const char* isa_name(Isa isa);
 // Throws std::invalid_argument that names the value and the known names.
 Isa parse_isa(std::string_view name);
 
+bool isa_compiled(Isa isa);
+
 // Compiled into this binary and runnable on this machine.
 bool isa_supported(Isa isa);
 std::vector<Isa> supported_isas();

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// dynamic_moe._C: what has no tensor in it. The operators are registered by ops.cpp in the same shared object.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/isa.h"
+
+namespace dynamic_moe {
+namespace {
+
+namespace py = pybind11;
+
+std::string compiler_name() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+// The architectures come from the build as one string in TORCH_CUDA_ARCH_LIST's form: "8.0;9.0a;12.0+PTX".
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> names;
+#ifdef DYNAMIC_MOE_CUDA_ARCHITECTURES
+  std::string name;
+  for (const char letter : std::string(DYNAMIC_MOE_CUDA_ARCHITECTURES) + ";") {
+    if (letter != ';' && letter != ' ') {
+      name += letter;
+    } else if (!name.empty()) {
+      names.push_back(std::exchange(name, {}));
+    }
+  }
+#endif
+  return names;
+}
+
+std::vector<std::string> compiled_cpu_isas() {
+  std::vector<std::string> names;
+  for (const Isa isa : kAllIsas) {
+    if (isa_compiled(isa)) names.emplace_back(isa_name(isa));
+  }
+  return names;
+}
+
+std::vector<std::string> supported_cpu_isas() {
+  std::vector<std::string> names;
+  for (const Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = DYNAMIC_MOE_VERSION;
+  info["compiler"] = compiler_name();
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["torch_target"] = py::str("{}.{}").format((TORCH_TARGET_VERSION >> 56) & 0xff, (TORCH_TARGET_VERSION >> 48) & 0xff);
+  info["cpu_isas"] = compiled_cpu_isas();
+#ifdef DYNAMIC_MOE_CUDA_TOOLKIT
+  info["cuda"] = DYNAMIC_MOE_CUDA_TOOLKIT;
+#else
+  info["cuda"] = py::none();
+#endif
+  info["cuda_architectures"] = cuda_architectures();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native part of dynamic_moe: the functions that take no tensor. The operators are in torch.ops.dynamic_moe.";
+  current_isa();  // an unknown DYNAMIC_MOE_CPU_ISA stops the import, with a message that says what it may be
+
+  module.def("build_info", &build_info, "What this binary was built with, and for.");
+  module.def("cpu_isa", [] { return isa_name(current_isa()); }, "CPU level in use.");
+  module.def("supported_cpu_isas", &supported_cpu_isas, "CPU levels that this build and this machine support, worst first.");
+  module.def("set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name)); }, py::arg("name"),
+             "Use another CPU level from now on. Raises ValueError if it is unknown or not supported here.");
+  module.def("cuda_architectures", &cuda_architectures, "CUDA architectures that this binary holds code for.");
+}
+
+}  // namespace dynamic_moe
