@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// One float32 lane: the same kernels on any processor.
+#pragma once
+
+#include <cmath>
+
+#include "common/half.h"
+
+namespace dynamic_moe {
+namespace {
+
+struct ScalarLane {
+  using Floats = float;
+  using Words = uint32_t;
+  static constexpr int kLanes = 1;
+  static constexpr bool kDotsBFloat16 = false;
+
+  static Floats zero() { return 0.0f; }
+  static Floats broadcast(float value) { return value; }
+
+  template <class T>
+  static Floats load(const T* p) {
+    return to_float(*p);
+  }
+  static Words load_words(const void* p) {
+    Words word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return word;
+  }
+  template <class T>
+  static void store(T* p, Floats v) {
+    *p = from_float<T>(v);
+  }
+  static void store_words(void* p, Words v) { __builtin_memcpy(p, &v, sizeof v); }
+
+  // A part of one lane is nothing; these exist so that the kernels read the same on every level.
+  template <class T>
+  static Floats load_first(const T* p, int count) {
+    return count > 0 ? load(p) : 0.0f;
+  }
+  template <class T>
+  static void store_first(T* p, Floats v, int count) {
+    if (count > 0) store(p, v);
+  }
+
+  static Floats add(Floats a, Floats b) { return a + b; }
+  static Floats sub(Floats a, Floats b) { return a - b; }
+  static Floats mul(Floats a, Floats b) { return a * b; }
+  static Floats div(Floats a, Floats b) { return a / b; }
+  static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+  static Floats min(Floats a, Floats b) { return a < b ? a : b; }
+  static Floats max(Floats a, Floats b) { return a > b ? a : b; }
+  static Floats round(Floats a) { return std::nearbyint(a); }
+  static Floats scale_by_power_of_two(Floats a, Floats exponent) { return std::ldexp(a, static_cast<int>(exponent)); }
+  static float sum(Floats a) { return a; }
+
+  static void transpose(Words (&)[1]) {}
+  static Words as_words(Floats v) { return std::bit_cast<uint32_t>(v); }
+};
+
+}  // namespace
+}  // namespace dynamic_moe

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// The expert pass, forward and backward, on any CPU level. Experts are taken in chunks, so that the activations
+// between the two projections stay small whatever the number of tokens. Included only by *_cpu_<level>.cpp.
+#pragma once
+
+#include "expert_mlp/activation.h"
+#include "expert_mlp/expert_mlp.h"
+#include "grouped_matmul/products.h"
+
+namespace dynamic_moe {
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t{64} << 20;  // of activations between the projections
+
+// Experts [begin, end) whose rows together hold at most kChunkBytes, at least one expert.
+inline int64_t chunk_end(const RowGroups& groups, int64_t begin, int64_t bytes_per_row) {
+  int64_t end = begin + 1;
+  const int64_t first = groups.expert_offsets[begin];
+  while (end < groups.num_experts && (groups.expert_offsets[end + 1] - first) * bytes_per_row <= kChunkBytes) ++end;
+  return end;
+}
+
+inline float weight_of_row(const int32_t* row_slot, const void* expert_weights, int64_t row) {
+  return static_cast<const float*>(expert_weights)[row_slot[row]];
+}
+
+// activation[row - first chunk row] = silu(g) u for the chunk's experts; writes the pre-activation where wanted.
+template <class C>
+void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C::T* activation) {
+  using T = typename C::T;
+  using Simd = typename C::Simd;
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* weight = static_cast<const T*>(p.gate_up_proj);
+  auto* pre_activation = static_cast<T*>(p.pre_activation);
+  const int64_t h = p.hidden_size, i = p.intermediate_size;
+  const int64_t chunk_row = p.groups.expert_offsets[e0];
+  const int64_t tasks = divide_up(i, C::kColumns);
+  parallel_tasks((e1 - e0) * tasks, [&](int64_t index) {
+    const int64_t e = e0 + index / tasks, n = index % tasks * C::kColumns;
+    const int64_t first_row = p.groups.expert_offsets[e];
+    if (rows_of(p.groups, e) == 0) return;
+    const int columns = static_cast<int>(smaller(C::kColumns, i - n));
+    const Panels<C> gate_and_up{n, 2, {0, columns, 2 * columns}};
+    const T* matrix = weight + (e * 2 * i + n) * h;
+    multiply_block<C>(
+        rows_of(p.groups, e), gate_and_up, h,
+        [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * h; },
+        [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
+          pack_rows_as_columns<C>(matrix + panel * i * h + k, h, columns, elements, out);
+        },
+        [&](int64_t r, int count, const float* sums, int64_t pitch) {
+          for (int row = 0; row < count; ++row, sums += pitch) {
+            T* out = activation + (first_row - chunk_row + r + row) * i + n;
+            T* kept = pre_activation == nullptr ? nullptr : pre_activation + (first_row + r + row) * 2 * i + n;
+            for (int column = 0; column < columns; column += C::kLanes) {
+              const int width = static_cast<int>(smaller(C::kLanes, columns - column));
+              const typename Simd::Floats gate = Simd::load(sums + column);
+              const typename Simd::Floats up = Simd::load(sums + C::kColumns + column);
+              store_some<C>(out + column, swiglu<Simd>(gate, up), width);
+              if (kept == nullptr) continue;
+              store_some<C>(kept + column, gate, width);
+              store_some<C>(kept + i + column, up, width);
+            }
+          }
+        });
+  });
+}
+
+template <class C>
+void expert_mlp(const ExpertMlpParams& p) {
+  using T = typename C::T;
+  const auto* down = static_cast<const T*>(p.down_proj);
+  const int64_t h = p.hidden_size, i = p.intermediate_size;
+  float* const total = accumulator<C>(static_cast<T*>(p.y), p.groups.num_tokens * h);
+  const ColumnShares<C> shares(h);
+  const int64_t experts = p.groups.num_experts;
+  for (int64_t e0 = 0, e1; e0 < experts; e0 = e1) {
+    e1 = chunk_end(p.groups, e0, i * static_cast<int64_t>(sizeof(T)));
+    const int64_t chunk_row = p.groups.expert_offsets[e0];
+    T* const activation = scratch<T>(Scratch::kActivation, (p.groups.expert_offsets[e1] - chunk_row) * i);
+    up_projection<C>(p, e0, e1, activation);
+    parallel_tasks(shares.count, [&](int64_t share) {
+      const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
+      if (e0 == 0) zero_columns<C>(total, p.groups.num_tokens, h, begin, end);
+      accumulate_by_token<C>(
+          p.groups, e0, e1, begin, end, i, [&](int64_t r) { return activation + (r - chunk_row) * i; },
+          [&](int64_t e, int64_t n, int columns, int64_t k, int64_t elements, typename C::Word* panel) {
+            pack_rows_as_columns<C>(down + (e * h + n) * i + k, i, columns, elements, panel);
+          },
+          [&](int64_t r) { return weight_of_row(p.row_slot, p.expert_weights, r); }, total, h);
+      if constexpr (!std::is_same_v<T, float>) {
+        if (e1 == experts) convert_columns<C>(total, static_cast<T*>(p.y), p.groups.num_tokens, h, begin, end);
+      }
+    });
+  }
+}
+
+// What the backward pass of a chunk of experts keeps between its two steps; rows are relative to the chunk.
+template <class C>
+struct ChunkGradients {
+  typename C::T* d_pre_activation;   // [rows, 2I]
+  typename C::T* scaled_activation;  // [rows, I] s a: the operand of d_down_proj
+  float* weight_partials;            // [blocks, rows] parts of <d(s a), a>
+  int64_t rows;
+};
+
+// The gradient of the activation, W2^T dy, and through SwiGLU that of the pre-activation.
+template <class C>
+void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e1, int64_t step,
+                         const ChunkGradients<C>& chunk) {
+  using T = typename C::T;
+  using Simd = typename C::Simd;
+  const auto* dy = static_cast<const T*>(p.dy);
+  const auto* down = static_cast<const T*>(p.down_proj);
+  const auto* pre_activation = static_cast<const T*>(p.pre_activation);
+  const int64_t h = p.hidden_size, i = p.intermediate_size;
+  const int64_t chunk_row = p.groups.expert_offsets[e0];
+  const int64_t tasks = divide_up(i, step);
+  parallel_tasks((e1 - e0) * tasks, [&](int64_t index) {
+    const int64_t e = e0 + index / tasks, block = index % tasks, n = block * step;
+    const int64_t first_row = p.groups.expert_offsets[e];
+    if (rows_of(p.groups, e) == 0) return;
+    const Panels<C> panels = cut_into_panels<C>(n, i, static_cast<int>(step / C::kColumns));
+    const T* matrix = down + e * h * i + n;
+    multiply_block<C>(
+        rows_of(p.groups, e), panels, h,
+        [&](int64_t r) { return dy + token_of_row(p.groups, first_row + r) * h; },
+        [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
+          const T* corner = matrix + k * i + panels.start[panel];
+          pack_columns<C>([&](int64_t row) { return corner + row * i; }, panels.columns(panel), elements, out);
+        },
+        [&](int64_t r, int count, const float* sums, int64_t pitch) {
+          for (int row = 0; row < count; ++row, sums += pitch) {
+            const int64_t global = first_row + r + row, local = global - chunk_row;
+            const typename Simd::Floats scale =
+                Simd::broadcast(weight_of_row(p.row_slot, p.expert_weights, global));
+            const T* gate = pre_activation + global * 2 * i + n;
+            T* d_gate = chunk.d_pre_activation + local * 2 * i + n;
+            T* scaled = chunk.scaled_activation + local * i + n;
+            typename Simd::Floats dot = Simd::zero();
+            for_each_vector<C>(panels, sums, [&](typename Simd::Floats d_scaled, int column, int width) {
+              const SwigluGradient<Simd> gradient(load_some<C>(gate + column, width),
+                                                  load_some<C>(gate + i + column, width),
+                                                  Simd::mul(d_scaled, scale));
+              dot = Simd::fma(d_scaled, gradient.activation, dot);
+              store_some<C>(d_gate + column, gradient.d_gate, width);
+              store_some<C>(d_gate + i + column, gradient.d_up, width);
+              store_some<C>(scaled + column, Simd::mul(gradient.activation, scale), width);
+            });
+            chunk.weight_partials[block * chunk.rows + local] = Simd::sum(dot);
+          }
+        });
+  });
+}
+
+template <class C>
+void input_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e1, const ChunkGradients<C>& chunk,
+                    float* total, int64_t begin, int64_t end) {
+  using T = typename C::T;
+  const auto* weight = static_cast<const T*>(p.gate_up_proj);
+  const int64_t h = p.hidden_size, i = p.intermediate_size;
+  const int64_t chunk_row = p.groups.expert_offsets[e0];
+  if (e0 == 0) zero_columns<C>(total, p.groups.num_tokens, h, begin, end);
+  accumulate_by_token<C>(
+      p.groups, e0, e1, begin, end, 2 * i,
+      [&](int64_t r) { return chunk.d_pre_activation + (r - chunk_row) * 2 * i; },
+      [&](int64_t e, int64_t column, int columns, int64_t n, int64_t elements, typename C::Word* panel) {
+        const T* corner = weight + (e * 2 * i + n) * h + column;
+        pack_columns<C>([&](int64_t row) { return corner + row * h; }, columns, elements, panel);
+      },
+      [](int64_t) { return 1.0f; }, total, h);
+  if constexpr (!std::is_same_v<T, float>) {
+    if (e1 == p.groups.num_experts) {
+      convert_columns<C>(total, static_cast<T*>(p.dx), p.groups.num_tokens, h, begin, end);
+    }
+  }
+}
+
+template <class C>
+void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
+  using T = typename C::T;
+  const int64_t h = p.hidden_size, i = p.intermediate_size, experts = p.groups.num_experts;
+  auto* const d_gate_up = static_cast<T*>(p.d_gate_up_proj);
+  auto* const d_down = static_cast<T*>(p.d_down_proj);
+  auto* const d_weights = static_cast<float*>(p.d_expert_weights);
+  const auto* const x = static_cast<const T*>(p.x);
+  const auto* const dy = static_cast<const T*>(p.dy);
+  float* const total = p.dx == nullptr ? nullptr : accumulator<C>(static_cast<T*>(p.dx), p.groups.num_tokens * h);
+  const ColumnShares<C> shares(h);
+  const int64_t dx_tasks = p.dx == nullptr ? 0 : shares.count;
+  const int64_t step = static_cast<int64_t>(panels_at_once<C>(h)) * C::kColumns;
+  const int64_t blocks = divide_up(i, step);
+  if (d_weights != nullptr) __builtin_memset(d_weights, 0, static_cast<size_t>(p.num_slots) * sizeof(float));
+
+  for (int64_t e0 = 0, e1; e0 < experts; e0 = e1) {
+    e1 = chunk_end(p.groups, e0, 3 * i * static_cast<int64_t>(sizeof(T)));
+    const int64_t chunk_row = p.groups.expert_offsets[e0], rows = p.groups.expert_offsets[e1] - chunk_row;
+    const ChunkGradients<C> chunk{scratch<T>(Scratch::kGradient, rows * 2 * i),
+                                  scratch<T>(Scratch::kActivation, rows * i),
+                                  scratch<float>(Scratch::kPartial, rows * blocks), rows};
+    activation_gradient<C>(p, e0, e1, step, chunk);
+    for (int64_t row = 0; d_weights != nullptr && row < rows; ++row) {
+      float sum = 0.0f;
+      for (int64_t block = 0; block < blocks; ++block) sum += chunk.weight_partials[block * rows + row];
+      d_weights[p.row_slot[chunk_row + row]] = sum;
+    }
+    const OuterTasks<C> gate_up_tasks(p.groups, e0, e1, d_gate_up == nullptr ? 0 : 2 * i);
+    const OuterTasks<C> down_tasks(p.groups, e0, e1, d_down == nullptr ? 0 : h);
+    parallel_tasks(dx_tasks + gate_up_tasks.count() + down_tasks.count(), [&](int64_t index) {
+      if (index < dx_tasks) {
+        return input_gradient<C>(p, e0, e1, chunk, total, shares.begin(index), shares.begin(index + 1));
+      }
+      index -= dx_tasks;
+      const bool is_down = index >= gate_up_tasks.count();
+      const OuterTask task = is_down ? down_tasks.task(index - gate_up_tasks.count()) : gate_up_tasks.task(index);
+      const int64_t first_row = p.groups.expert_offsets[task.expert], expert_rows = rows_of(p.groups, task.expert);
+      const auto token_row = [&](const T* base, int64_t r) {
+        return base + token_of_row(p.groups, first_row + r) * h;
+      };
+      if (is_down) {
+        T* out = d_down + (task.expert * h + task.n) * i;
+        if (expert_rows == 0) return zero_rows<C>(out, task.count, i);
+        outer_products<C>(
+            expert_rows, task.count, i, [&](int64_t r) { return token_row(dy, r) + task.n; },
+            [&](int64_t r) { return chunk.scaled_activation + (first_row - chunk_row + r) * i; }, out, i);
+      } else {
+        T* out = d_gate_up + (task.expert * 2 * i + task.n) * h;
+        if (expert_rows == 0) return zero_rows<C>(out, task.count, h);
+        outer_products<C>(
+            expert_rows, task.count, h,
+            [&](int64_t r) { return chunk.d_pre_activation + (first_row - chunk_row + r) * 2 * i + task.n; },
+            [&](int64_t r) { return token_row(x, r); }, out, h);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace dynamic_moe

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loops around the register tile. Two shapes of product cover the layer, forward and backward:
+//   multiply_block:   rows of one expert x panels of its matrix        (Y, dX, and both projections)
+//   outer_products:   dW = sum over the rows of an expert of a b^T
+// and accumulate_by_token runs the first over all experts for some columns, adding each row to its token: the columns'
+// owner is the only writer, so the sum is deterministic without atomics and no row of output is ever stored.
+// Included only by *_cpu_<level>.cpp.
+#pragma once
+
+#include "common/parallel.h"
+#include "common/workspace.h"
+#include "grouped_matmul/grouped_matmul.h"
+#include "grouped_matmul/tile.h"
+
+namespace dynamic_moe {
+namespace {
+
+constexpr int kMostPanels = 4;           // panels that a task packs at once
+constexpr int64_t kPanelBytes = 400000;  // of the second-level cache that packed panels may take
+constexpr int64_t kRowBlock = 512;       // rows whose partial sums are kept while the inner dimension is walked
+
+// Columns [first, first + columns) of a product, cut into panels.
+template <class C>
+struct Panels {
+  int64_t first;
+  int count;
+  int start[kMostPanels + 1];  // relative to `first`
+
+  int columns(int p) const { return start[p + 1] - start[p]; }
+  int vectors(int p) const { return static_cast<int>(divide_up(columns(p), C::kLanes)); }
+};
+
+// At most `most` panels from `first` on, of equal width up to a vector.
+template <class C>
+Panels<C> cut_into_panels(int64_t first, int64_t end, int most) {
+  Panels<C> panels{first, 0, {}};
+  const int64_t columns = smaller(end - first, static_cast<int64_t>(most) * C::kColumns);
+  const int64_t vectors = divide_up(columns, C::kLanes);
+  panels.count = static_cast<int>(divide_up(vectors, C::kVectors));
+  for (int p = 0; p <= panels.count; ++p) {
+    panels.start[p] = static_cast<int>(smaller(vectors * p / panels.count * C::kLanes, columns));
+  }
+  return panels;
+}
+
+// How many panels of `elements` inner elements fit the cache together.
+template <class C>
+int panels_at_once(int64_t elements) {
+  const int64_t words = smaller(C::words(elements), C::kPlan.block_words);
+  const int64_t bytes = words * C::kColumns * static_cast<int64_t>(sizeof(typename C::Word));
+  const int64_t fit = bytes > 0 ? kPanelBytes / bytes : kMostPanels;
+  return static_cast<int>(fit < 1 ? 1 : smaller(fit, kMostPanels));
+}
+
+// Splits `elements` into equal blocks of at most block_words words; a block holds whole words.
+template <class C>
+struct InnerBlocks {
+  int64_t elements, count, block;
+
+  explicit InnerBlocks(int64_t total) : elements(total) {
+    const int64_t words = C::words(total);
+    count = words > 0 ? divide_up(words, C::kPlan.block_words) : 1;
+    block = divide_up(words, count) * C::kPerWord;
+  }
+  int64_t begin(int64_t b) const { return smaller(b * block, elements); }
+  int64_t size(int64_t b) const { return begin(b + 1) - begin(b); }
+};
+
+// rows x panels. row(r) is the storage of row r; pack(p, k, elements, panel) packs `elements` inner elements from k on;
+// emit(r, count, sums, pitch) receives `count` finished rows: panel p's columns start at sums + p * C::kColumns.
+template <class C, class Row, class Pack, class Emit>
+void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const Row& row, const Pack& pack,
+                    const Emit& emit) {
+  using Word = typename C::Word;
+  const InnerBlocks<C> blocks(inner);
+  const int64_t pitch = static_cast<int64_t>(panels.count) * C::kColumns;
+  const int64_t panel_words = divide_up(C::words(blocks.block), C::kLanes) * C::kLanes * C::kColumns;
+  Word* const packed = scratch<Word>(Scratch::kPanel, panel_words * panels.count);
+  Word* const space = C::kInPlace && inner % C::kPerWord == 0
+                          ? nullptr
+                          : scratch<Word>(Scratch::kRows, broadcast_space_words<C>());
+  const int64_t row_block = blocks.count > 1 ? kRowBlock : rows;
+  float* const sums = scratch<float>(Scratch::kTile, (blocks.count > 1 ? kRowBlock + C::kRows : C::kRows) * pitch);
+
+  for (int64_t first_row = 0; first_row < rows; first_row += row_block) {
+    const int64_t block_rows = smaller(row_block, rows - first_row);
+    const int64_t groups = divide_up(block_rows, C::kRows);
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      const bool last = b + 1 == blocks.count;
+      for (int p = 0; p < panels.count; ++p) pack(p, blocks.begin(b), blocks.size(b), packed + p * panel_words);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t from = block_rows * g / groups;
+        const int count = static_cast<int>(block_rows * (g + 1) / groups - from);
+        const RowsInPlace<C> broadcast = broadcast_rows<C>(
+            [&](int r) { return row(first_row + from + r); }, count, blocks.begin(b), blocks.size(b), space);
+        float* const c = blocks.count > 1 ? sums + from * pitch : sums;
+        for (int p = 0; p < panels.count; ++p) {
+          tile_function<C, RowsInPlace<C>>(count, panels.vectors(p))(
+              C::words(blocks.size(b)), broadcast, packed + p * panel_words, c + p * C::kColumns, pitch, b > 0);
+        }
+        if (last) emit(first_row + from, count, c, pitch);
+      }
+    }
+  }
+}
+
+// Calls body(v, sums, column, count) for each vector of a row of emitted sums: `count` columns from first + column on.
+template <class C, class Body>
+void for_each_vector(const Panels<C>& panels, const float* sums, const Body& body) {
+  for (int p = 0; p < panels.count; ++p) {
+    for (int n = 0; n < panels.columns(p); n += C::kLanes) {
+      const int count = static_cast<int>(smaller(C::kLanes, panels.columns(p) - n));
+      body(C::Simd::load(sums + p * C::kColumns + n), panels.start[p] + n, count);
+    }
+  }
+}
+
+template <class C, class T>
+typename C::Simd::Floats load_some(const T* p, int count) {
+  return count == C::kLanes ? C::Simd::load(p) : C::Simd::load_first(p, count);
+}
+
+template <class C, class T>
+void store_some(T* p, typename C::Simd::Floats v, int count) {
+  if (count == C::kLanes) {
+    C::Simd::store(p, v);
+  } else {
+    C::Simd::store_first(p, v, count);
+  }
+}
+
+// ---- products over the groups -------------------------------------------------------------------------------------
+
+inline int64_t token_of_row(const RowGroups& groups, int64_t row) {
+  return groups.row_token != nullptr ? groups.row_token[row] : row;
+}
+
+inline int64_t rows_of(const RowGroups& groups, int64_t expert) {
+  return groups.expert_offsets[expert + 1] - groups.expert_offsets[expert];
+}
+
+// Columns [0, width) cut for the threads, at vector boundaries; the cut does not change any sum.
+template <class C>
+struct ColumnShares {
+  int64_t width, count;
+
+  explicit ColumnShares(int64_t columns) : width(columns) {
+    const int64_t vectors = divide_up(columns, C::kLanes);
+    const int64_t wanted = 8 * static_cast<int64_t>(num_threads());
+    const int64_t useful = divide_up(vectors, 2);  // not narrower than two vectors
+    count = wanted < useful ? wanted : (useful > 0 ? useful : 1);
+  }
+  int64_t begin(int64_t share) const {
+    return smaller(divide_up(width, C::kLanes) * share / count * C::kLanes, width);
+  }
+};
+
+// total[token][n] += scale(row) * (row(r) x matrix_e)[n] for the columns [begin, end) and the experts [e0, e1).
+// pack(e, n, columns, k, elements, panel) packs columns from n on of expert e's matrix.
+template <class C, class Row, class Pack, class Scale>
+void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_t begin, int64_t end, int64_t inner,
+                         const Row& row, const Pack& pack, const Scale& scale, float* total, int64_t total_pitch) {
+  using Simd = typename C::Simd;
+  const int most = panels_at_once<C>(inner);
+  for (int64_t e = e0; e < e1; ++e) {
+    const int64_t first_row = groups.expert_offsets[e];
+    for (int64_t n = begin; n < end;) {
+      const Panels<C> panels = cut_into_panels<C>(n, end, most);
+      multiply_block<C>(
+          rows_of(groups, e), panels, inner, [&](int64_t r) { return row(first_row + r); },
+          [&](int p, int64_t k, int64_t elements, typename C::Word* panel) {
+            pack(e, n + panels.start[p], panels.columns(p), k, elements, panel);
+          },
+          [&](int64_t r, int count, const float* sums, int64_t pitch) {
+            for (int i = 0; i < count; ++i) {
+              float* out = total + token_of_row(groups, first_row + r + i) * total_pitch + n;
+              const typename Simd::Floats factor = Simd::broadcast(scale(first_row + r + i));
+              for_each_vector<C>(panels, sums + i * pitch, [&](typename Simd::Floats v, int column, int width) {
+                store_some<C>(out + column, Simd::fma(v, factor, load_some<C>(out + column, width)), width);
+              });
+            }
+          });
+      n += panels.start[panels.count];
+    }
+  }
+}
+
+template <class C>
+void zero_columns(float* total, int64_t rows, int64_t pitch, int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < rows; ++r) {
+    __builtin_memset(total + r * pitch + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+  }
+}
+
+template <class C>
+void convert_columns(const float* total, typename C::T* out, int64_t rows, int64_t pitch, int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = begin; n < end; n += C::kLanes) {
+      const int count = static_cast<int>(smaller(C::kLanes, end - n));
+      store_some<C>(out + r * pitch + n, load_some<C>(total + r * pitch + n, count), count);
+    }
+  }
+}
+
+// The float32 sums of an output of type T: the output itself where it is float32, else a buffer of the calling thread.
+template <class C>
+float* accumulator(typename C::T* out, int64_t count) {
+  if constexpr (std::is_same_v<typename C::T, float>) {
+    return out;
+  } else {
+    return scratch<float>(Scratch::kAccumulator, count);
+  }
+}
+
+// out[n][h] = sum over r < rows of a(r)[n] * b(r)[h], for n < n_count and h < width.
+template <class C, class RowA, class RowB>
+void outer_products(int64_t rows, int n_count, int64_t width, const RowA& a, const RowB& b, typename C::T* out,
+                    int64_t pitch) {
+  using Word = typename C::Word;
+  const InnerBlocks<C> blocks(rows);
+  const int64_t a_words = C::words(blocks.block) * divide_up(n_count, C::kRows) * C::kRows;
+  Word* const a_packed = scratch<Word>(Scratch::kRows, a_words * blocks.count);
+  Word* const panel = scratch<Word>(Scratch::kPanel, C::words(blocks.block) * C::kColumns);
+  float* const sums = scratch<float>(Scratch::kTile, divide_up(n_count, C::kRows) * C::kRows * C::kColumns);
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    const int64_t k = blocks.begin(block);
+    pack_broadcast_columns<C>([&](int64_t r) { return a(k + r); }, n_count, blocks.size(block),
+                              a_packed + a_words * block);
+  }
+  for (int64_t h = 0; h < width;) {
+    const Panels<C> panels = cut_into_panels<C>(h, width, 1);
+    const int columns = panels.columns(0);
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t k = blocks.begin(block);
+      const int64_t words = C::words(blocks.size(block));
+      pack_columns<C>([&](int64_t r) { return b(k + r) + h; }, columns, blocks.size(block), panel);
+      for (int n = 0; n < n_count; n += C::kRows) {
+        const RowsPacked<C> packed{a_packed + a_words * block + n * words};
+        float* const c = sums + n * C::kColumns;
+        tile_function<C, RowsPacked<C>>(C::kRows, panels.vectors(0))(words, packed, panel, c, C::kColumns, block > 0);
+        if (block + 1 < blocks.count) continue;
+        for (int i = 0; i < C::kRows && n + i < n_count; ++i) {
+          typename C::T* const target = out + (n + i) * pitch + h;
+          for_each_vector<C>(panels, c + i * C::kColumns, [&](typename C::Simd::Floats v, int column, int count) {
+            store_some<C>(target + column, v, count);
+          });
+        }
+      }
+    }
+    h += columns;
+  }
+}
+
+// Rows of dW that a task computes: as many as keep the packed side in the second-level cache.
+template <class C>
+int outer_rows(int64_t rows) {
+  const int64_t words = C::words(rows) > 0 ? C::words(rows) : 1;
+  const int64_t fit = kPanelBytes / (words * static_cast<int64_t>(sizeof(typename C::Word)));
+  const int64_t bounded = fit < 64 ? 64 : smaller(fit, 256);
+  return static_cast<int>(bounded / C::kRows * C::kRows);
+}
+
+// The tasks of dW for all experts: task t is rows [n, n + count) of expert e.
+struct OuterTask {
+  int64_t expert, n;
+  int count;
+};
+
+template <class C>
+class OuterTasks {
+ public:
+  OuterTasks(const RowGroups& groups, int64_t e0, int64_t e1, int64_t n) : groups_(groups), e0_(e0), e1_(e1), n_(n) {
+    for (int64_t e = e0; e < e1; ++e) count_ += divide_up(n, outer_rows<C>(rows_of(groups, e)));
+  }
+  int64_t count() const { return count_; }
+  OuterTask task(int64_t index) const {
+    for (int64_t e = e0_; e < e1_; ++e) {
+      const int step = outer_rows<C>(rows_of(groups_, e));
+      const int64_t tasks = divide_up(n_, step);
+      if (index < tasks) return {e, index * step, static_cast<int>(smaller(step, n_ - index * step))};
+      index -= tasks;
+    }
+    return {e0_, 0, 0};
+  }
+
+ private:
+  const RowGroups& groups_;
+  int64_t e0_, e1_, n_;
+  int64_t count_ = 0;
+};
+
+template <class C>
+void zero_rows(typename C::T* out, int64_t rows, int64_t pitch) {
+  __builtin_memset(out, 0, static_cast<size_t>(rows * pitch) * sizeof(typename C::T));
+}
+
+// ---- the three products of grouped_matmul.h -----------------------------------------------------------------------
+
+template <class C>
+void grouped_matmul(const GroupedMatmulParams& p) {
+  using T = typename C::T;
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* weight = static_cast<const T*>(p.weight);
+  auto* y = static_cast<T*>(p.y);
+  const int most = panels_at_once<C>(p.k);
+  const int64_t step = static_cast<int64_t>(most) * C::kColumns;
+  const int64_t tasks = divide_up(p.n, step);
+  parallel_tasks(p.groups.num_experts * tasks, [&](int64_t index) {
+    const int64_t e = index / tasks, n = index % tasks * step;
+    const int64_t first_row = p.groups.expert_offsets[e];
+    if (rows_of(p.groups, e) == 0) return;
+    const Panels<C> panels = cut_into_panels<C>(n, p.n, most);
+    const T* matrix = weight + (e * p.n + n) * p.k;
+    multiply_block<C>(
+        rows_of(p.groups, e), panels, p.k,
+        [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * p.k; },
+        [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
+          pack_rows_as_columns<C>(matrix + panels.start[panel] * p.k + k, p.k, panels.columns(panel), elements, out);
+        },
+        [&](int64_t r, int count, const float* sums, int64_t pitch) {
+          for (int i = 0; i < count; ++i) {
+            T* out = y + (first_row + r + i) * p.n + n;
+            for_each_vector<C>(panels, sums + i * pitch, [&](typename C::Simd::Floats v, int column, int width) {
+              store_some<C>(out + column, v, width);
+            });
+          }
+        });
+  });
+}
+
+template <class C>
+void grouped_matmul_dx(const GroupedMatmulDxParams& p) {
+  using T = typename C::T;
+  const auto* dy = static_cast<const T*>(p.dy);
+  const auto* weight = static_cast<const T*>(p.weight);
+  auto* dx = static_cast<T*>(p.dx);
+  float* const total = accumulator<C>(dx, p.groups.num_tokens * p.k);
+  const ColumnShares<C> shares(p.k);
+  parallel_tasks(shares.count, [&](int64_t share) {
+    const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
+    zero_columns<C>(total, p.groups.num_tokens, p.k, begin, end);
+    accumulate_by_token<C>(
+        p.groups, 0, p.groups.num_experts, begin, end, p.n, [&](int64_t r) { return dy + r * p.n; },
+        [&](int64_t e, int64_t column, int columns, int64_t n, int64_t elements, typename C::Word* panel) {
+          const T* matrix = weight + (e * p.n + n) * p.k + column;
+          pack_columns<C>([&](int64_t i) { return matrix + i * p.k; }, columns, elements, panel);
+        },
+        [](int64_t) { return 1.0f; }, total, p.k);
+    if constexpr (!std::is_same_v<T, float>) convert_columns<C>(total, dx, p.groups.num_tokens, p.k, begin, end);
+  });
+}
+
+template <class C>
+void grouped_matmul_dw(const GroupedMatmulDwParams& p) {
+  using T = typename C::T;
+  const auto* dy = static_cast<const T*>(p.dy);
+  const auto* x = static_cast<const T*>(p.x);
+  auto* dw = static_cast<T*>(p.dw);
+  const OuterTasks<C> tasks(p.groups, 0, p.groups.num_experts, p.n);
+  parallel_tasks(tasks.count(), [&](int64_t index) {
+    const OuterTask task = tasks.task(index);
+    T* out = dw + (task.expert * p.n + task.n) * p.k;
+    const int64_t rows = rows_of(p.groups, task.expert), first_row = p.groups.expert_offsets[task.expert];
+    if (rows == 0) return zero_rows<C>(out, task.count, p.k);
+    outer_products<C>(
+        rows, task.count, p.k, [&](int64_t r) { return dy + (first_row + r) * p.n + task.n; },
+        [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * p.k; }, out, p.k);
+  });
+}
+
+}  // namespace
+}  // namespace dynamic_moe

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+// The register tile and the packing around it, for any CPU level and storage type. Included only by *_cpu_<level>.cpp;
+// templates over a level's own (internal) type, so nothing here can be picked by the linker for another level.
+#pragma once
+
+#include <type_traits>
+
+#include "common/types.h"
+#include "grouped_matmul/tile_plan.h"
+
+namespace dynamic_moe {
+namespace {
+
+template <class T>
+struct TypeTag;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How a level computes with a storage type.
+template <class SimdType, class StorageType, Isa kIsa>
+struct Config {
+  using Simd = SimdType;
+  using T = StorageType;
+  static constexpr bool kPairs = Simd::kDotsBFloat16 && std::is_same_v<T, BFloat16>;
+  static constexpr TilePlan kPlan = tile_plan(kIsa, kPairs);
+  static constexpr int kLanes = Simd::kLanes;
+  static constexpr int kRows = kPlan.rows;
+  static constexpr int kVectors = kPlan.vectors;
+  static constexpr int kColumns = kVectors * kLanes;
+  static constexpr int kPerWord = kPairs ? 2 : 1;                       // elements of the inner dimension in a word
+  static constexpr bool kInPlace = kPairs || std::is_same_v<T, float>;  // a row of storage is a row of words
+  using Word = std::conditional_t<kPairs, uint32_t, float>;
+  using Vector = std::conditional_t<kPairs, typename Simd::Words, typename Simd::Floats>;
+
+  static int64_t words(int64_t elements) { return divide_up(elements, kPerWord); }
+
+  static Vector load_vector(const Word* p) {
+    if constexpr (kPairs) {
+      return Simd::load_words(p);
+    } else {
+      return Simd::load(p);
+    }
+  }
+  static void store_vector(Word* p, Vector v) {
+    if constexpr (kPairs) {
+      Simd::store_words(p, v);
+    } else {
+      Simd::store(p, v);
+    }
+  }
+  static Vector broadcast(const Word* p) {
+    Word word;
+    __builtin_memcpy(&word, p, sizeof word);
+    if constexpr (kPairs) {
+      return Simd::broadcast_word(word);
+    } else {
+      return Simd::broadcast(word);
+    }
+  }
+  static typename Simd::Floats multiply_add(Vector a, Vector b, typename Simd::Floats sum) {
+    if constexpr (kPairs) {
+      return Simd::dot_pairs(sum, a, b);
+    } else {
+      return Simd::fma(a, b, sum);
+    }
+  }
+};
+
+// ---- the broadcast side -------------------------------------------------------------------------------------------
+
+// Row r of the tile lies at rows[r], words contiguous.
+template <class C>
+struct RowsInPlace {
+  const typename C::Word* row[C::kRows];
+  const typename C::Word* at(int r, int64_t k) const { return row[r] + k; }
+};
+
+// The tile's rows are packed word by word: [words][kRows].
+template <class C>
+struct RowsPacked {
+  const typename C::Word* data;
+  const typename C::Word* at(int r, int64_t k) const { return data + k * C::kRows + r; }
+};
+
+// ---- the tile -----------------------------------------------------------------------------------------------------
+
+// c[kRows][kVectors * lanes] (+)= rows x panel over `words` steps, in ascending order.
+template <class C, class Rows, int kRows, int kVectors>
+void multiply_tile(int64_t words, const Rows& rows, const typename C::Word* panel, float* c, int64_t c_pitch,
+                   bool accumulate) {
+  using Simd = typename C::Simd;
+  typename Simd::Floats sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = accumulate ? Simd::load(c + r * c_pitch + v * C::kLanes) : Simd::zero();
+    }
+  }
+  for (int64_t k = 0; k < words; ++k) {
+    const typename C::Word* step = panel + k * (kVectors * C::kLanes);
+    typename C::Vector b[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      b[v] = C::load_vector(step + v * C::kLanes);
+      if constexpr (C::kLanes == 16) __builtin_prefetch(step + (8 * kVectors + v) * C::kLanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename C::Vector a = C::broadcast(rows.at(r, k));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = C::multiply_add(a, b[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) Simd::store(c + r * c_pitch + v * C::kLanes, sum[r][v]);
+  }
+}
+
+template <class C, class Rows>
+using TileFunction = void (*)(int64_t, const Rows&, const typename C::Word*, float*, int64_t, bool);
+
+// The tile for `rows` of at most kRows rows and `vectors` of at most kVectors vectors.
+template <class C, class Rows, int kRows = C::kRows, int kVectors = C::kVectors>
+TileFunction<C, Rows> tile_function(int rows, int vectors) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) return tile_function<C, Rows, kRows, kVectors - 1>(rows, vectors);
+  }
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile_function<C, Rows, kRows - 1, kVectors>(rows, vectors);
+  }
+  return multiply_tile<C, Rows, kRows, kVectors>;
+}
+
+// ---- packing ------------------------------------------------------------------------------------------------------
+
+// One vector of words of the elements p[0], p[1], ... of which only the first `count` exist; the rest are zero.
+template <class C>
+typename C::Simd::Words load_row_words(const typename C::T* p, int64_t count) {
+  using Simd = typename C::Simd;
+  constexpr int kElements = C::kLanes * C::kPerWord;
+  if constexpr (C::kPairs) {
+    if (count >= kElements) return Simd::load_words(p);
+    typename C::T whole[kElements] = {};
+    if (count > 0) __builtin_memcpy(whole, p, static_cast<size_t>(count) * sizeof(whole[0]));
+    return Simd::load_words(whole);
+  } else {
+    if (count >= kElements) return Simd::as_words(Simd::load(p));
+    return Simd::as_words(Simd::load_first(p, count > 0 ? static_cast<int>(count) : 0));
+  }
+}
+
+// Columns of the panel are rows of a matrix: column n is the `elements` elements at matrix + n * pitch.
+// panel: [words][vectors * lanes]; columns beyond `columns` repeat the last one (their results are not used).
+template <class C>
+void pack_rows_as_columns(const typename C::T* matrix, int64_t pitch, int columns, int64_t elements,
+                          typename C::Word* panel) {
+  using Simd = typename C::Simd;
+  constexpr int kLanes = C::kLanes;
+  const int vectors = static_cast<int>(divide_up(columns, kLanes));
+  const int64_t words = C::words(elements);
+  for (int64_t k = 0; k < words; k += kLanes) {
+    const int64_t left = elements - k * C::kPerWord;
+    for (int v = 0; v < vectors; ++v) {
+      typename Simd::Words block[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) {
+        const int64_t column = smaller(v * kLanes + n, columns - 1);
+        block[n] = load_row_words<C>(matrix + column * pitch + k * C::kPerWord, left);
+      }
+      Simd::transpose(block);
+      typename C::Word* out = panel + (k * vectors + v) * kLanes;
+      const int count = static_cast<int>(smaller(kLanes, words - k));
+      if (count == kLanes) {
+#pragma GCC unroll 16
+        for (int n = 0; n < kLanes; ++n) Simd::store_words(out + n * vectors * kLanes, block[n]);
+      } else {
+        for (int n = 0; n < count; ++n) Simd::store_words(out + n * vectors * kLanes, block[n]);
+      }
+    }
+  }
+}
+
+// One vector of a panel whose inner dimension runs down the rows: columns of row `even` (and of the next row, `odd`,
+// where a word holds a pair; null past the end).
+template <class C>
+typename C::Vector load_column_words(const typename C::T* even, const typename C::T* odd, int count) {
+  using Simd = typename C::Simd;
+  if constexpr (C::kPairs) {
+    alignas(64) static constexpr typename C::T kZeros[C::kLanes] = {};
+    if (odd == nullptr) odd = kZeros;
+    return count >= C::kLanes ? Simd::pair(even, odd) : Simd::pair_first(even, odd, count);
+  } else {
+    return count >= C::kLanes ? Simd::load(even) : Simd::load_first(even, count);
+  }
+}
+
+// panel: [words][vectors * lanes] from row(k)[0..columns), k < elements; columns beyond are zero.
+template <class C, class Row>
+void pack_columns(const Row& row, int columns, int64_t elements, typename C::Word* panel) {
+  constexpr int kLanes = C::kLanes;
+  const int vectors = static_cast<int>(divide_up(columns, kLanes));
+  for (int64_t k = 0; k < elements; k += C::kPerWord) {
+    const typename C::T* even = row(k);
+    const typename C::T* odd = C::kPairs && k + 1 < elements ? row(k + 1) : nullptr;
+    for (int v = 0; v < vectors; ++v, panel += kLanes) {
+      const int first = v * kLanes;
+      C::store_vector(panel, load_column_words<C>(even + first, odd == nullptr ? nullptr : odd + first, columns - first));
+    }
+  }
+}
+
+// The same for the broadcast side: blocks of kRows columns, each [words][kRows].
+template <class C, class Row>
+void pack_broadcast_columns(const Row& row, int columns, int64_t elements, typename C::Word* blocks) {
+  constexpr int kWidth = C::kLanes > C::kRows ? C::kLanes : C::kRows;  // columns handled at once
+  const int64_t words = C::words(elements);
+  for (int64_t k = 0; k < elements; k += C::kPerWord) {
+    const typename C::T* even = row(k);
+    const typename C::T* odd = C::kPairs && k + 1 < elements ? row(k + 1) : nullptr;
+    for (int first = 0; first < columns; first += kWidth) {
+      alignas(64) typename C::Word step[kWidth];
+      for (int n = 0; n < kWidth; n += C::kLanes) {
+        const int column = first + n;
+        const int count = column < columns ? columns - column : 0;
+        const int start = column < columns ? column : 0;
+        C::store_vector(step + n,
+                        load_column_words<C>(even + start, odd == nullptr ? nullptr : odd + start, count));
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < kWidth; n += C::kRows) {
+        if (first + n >= columns) break;
+        typename C::Word* out = blocks + (first + n) * words + (k / C::kPerWord) * C::kRows;
+        __builtin_memcpy(out, step + n, sizeof(typename C::Word) * C::kRows);
+      }
+    }
+  }
+}
+
+// kRows rows of words for the broadcast side: in place where storage is made of words, else converted into `space`
+// ([kRows][words]). Rows past `count` repeat the first.
+template <class C, class Row>
+RowsInPlace<C> broadcast_rows(const Row& row, int count, int64_t first_element, int64_t elements,
+                              typename C::Word* space) {
+  using Simd = typename C::Simd;
+  RowsInPlace<C> rows;
+  const bool in_place = C::kInPlace && elements % C::kPerWord == 0;
+  const int64_t words = C::words(elements);
+  for (int r = 0; r < C::kRows; ++r) {
+    if (r >= count) {
+      rows.row[r] = rows.row[0];
+      continue;
+    }
+    const typename C::T* source = row(r) + first_element;
+    if (in_place) {
+      rows.row[r] = reinterpret_cast<const typename C::Word*>(source);
+      continue;
+    }
+    typename C::Word* copy = space + r * divide_up(words, C::kLanes) * C::kLanes;
+    for (int64_t k = 0; k < words; k += C::kLanes) {
+      Simd::store_words(copy + k, load_row_words<C>(source + k * C::kPerWord, elements - k * C::kPerWord));
+    }
+    rows.row[r] = copy;
+  }
+  return rows;
+}
+
+template <class C>
+constexpr int64_t broadcast_space_words() {
+  return C::kRows * divide_up(C::kPlan.block_words, C::kLanes) * C::kLanes;
+}
+
+}  // namespace
+}  // namespace dynamic_moe

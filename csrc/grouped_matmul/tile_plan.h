@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sizes of tiles and blocks, per CPU level: data, so that they can be printed and tested.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/types.h"
+
+namespace dynamic_moe {
+
+// A register tile is `rows` tokens by `vectors * lanes` outputs. The outputs' side is packed once per group into panels
+// of [words][vectors * lanes] that stay in the second-level cache; the tokens' side is broadcast word by word from where
+// it lies. A word is 32 bits: one float32, or two bfloat16 where the processor multiplies pairs.
+struct TilePlan {
+  int rows;
+  int vectors;
+  int lanes;
+  int block_words;  // longest stretch of the inner dimension that is packed at once
+  int few_rows;     // a group of at most this many rows reads its weights in place instead of packing them
+};
+
+constexpr TilePlan tile_plan(Isa isa, bool multiplies_pairs) {
+  switch (isa) {
+    case Isa::kScalar:
+      return {4, 2, 1, 1024, 1};
+    case Isa::kAvx2:
+      return {4, 3, 8, 1024, 8};
+    case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
+    case Isa::kAmx:
+      break;
+  }
+  return multiplies_pairs ? TilePlan{8, 3, 16, 1024, 16} : TilePlan{8, 3, 16, 1024, 16};
+}
+
+constexpr bool multiplies_pairs(Isa isa, DType dtype) {
+  return dtype == DType::kBFloat16 && (isa == Isa::kAvx512Bf16 || isa == Isa::kAmx);
+}
+
+}  // namespace dynamic_moe
