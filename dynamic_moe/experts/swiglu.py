@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed experts: E SwiGLU networks in two stacked tensors."""
+
+import torch
+from torch import Tensor, nn
+
+from dynamic_moe import ops
+from dynamic_moe._checks import check_positive, check_std, flatten_tokens
+
+
+class SwiGLUExperts(nn.Module):
+    r"""E experts, each :math:`W_d (\operatorname{silu}(W_g x) \odot W_u x)` (Shazeer 2020), without biases.
+
+    Usable on its own: ``forward`` is called as the experts of Hugging Face Transformers are, and the weights lie as theirs.
+
+    Parameters
+    ----------
+    num_experts, hidden_size, intermediate_size : int
+        E, H and I.
+    init_std : float, default 0.02
+        The weights start as N(0, init_std^2).
+    device, dtype : optional
+        Of the weights.
+
+    Attributes
+    ----------
+    gate_up_proj : Parameter
+        ``[E, 2I, H]``: the I rows of :math:`W_g`, then the I rows of :math:`W_u`.
+    down_proj : Parameter
+        ``[E, H, I]``.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = check_positive("num_experts", num_experts)
+        self.hidden_size = check_positive("hidden_size", hidden_size)
+        self.intermediate_size = check_positive("intermediate_size", intermediate_size)
+        self.init_std = check_std(init_std)
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(num_experts, 2 * intermediate_size, hidden_size, device=device, dtype=dtype)
+        )
+        self.down_proj = nn.Parameter(
+            torch.empty(num_experts, hidden_size, intermediate_size, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        nn.init.normal_(self.gate_up_proj, std=self.init_std)
+        nn.init.normal_(self.down_proj, std=self.init_std)
+
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """Send every token through its experts and add up their outputs, each times its weight.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[..., H]``, in the dtype of the weights (any float dtype under autocast).
+        expert_ids : Tensor
+            int32 or int64 ``[..., K]``, different experts for each token; E marks an unused slot.
+        expert_weights : Tensor
+            ``[..., K]``, any float dtype; applied in float32 (float64 for float64 x).
+
+        Returns
+        -------
+        Tensor
+            ``[..., H]``, in the dtype of x (of autocast, under autocast). 0 for a token without an expert.
+
+        Raises
+        ------
+        ValueError
+            If a shape or a dtype is not as above.
+        """
+        x_TH = flatten_tokens(x, self.hidden_size)
+        _check_slots(x, expert_ids, expert_weights)
+        check_same_dtype(x, self.gate_up_proj)
+        num_slots = expert_ids.shape[-1]
+        y_TH = ops.expert_mlp(
+            x_TH,
+            self.gate_up_proj,
+            self.down_proj,
+            expert_ids.reshape(-1, num_slots),
+            expert_weights.reshape(-1, num_slots),
+        )
+        return y_TH.reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}"
+        )
+
+
+def check_same_dtype(x: Tensor, weight: Tensor) -> None:
+    """Raise a ValueError unless x has the dtype of the weights, or autocast will see to it."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"x must have the dtype of the weights, {weight.dtype}, outside autocast; got {x.dtype}")
+
+
+def _check_slots(x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
+    if expert_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert_ids must be an int32 or int64 tensor, got {expert_ids.dtype}")
+    if expert_ids.dim() != x.dim() or expert_ids.shape[:-1] != x.shape[:-1] or expert_ids.shape[-1] == 0:
+        raise ValueError(
+            f"expert_ids must have shape {[*x.shape[:-1], 'K']} with K >= 1, like x, got {list(expert_ids.shape)}"
+        )
+    if expert_weights.shape != expert_ids.shape or not expert_weights.is_floating_point():
+        raise ValueError(
+            f"expert_weights must be a floating-point {list(expert_ids.shape)} tensor like expert_ids, "
+            f"got {expert_weights.dtype} {list(expert_weights.shape)}"
+        )

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer: a router, its experts, and optionally an expert that all tokens share."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from dynamic_moe._checks import check_positive, flatten_mask, flatten_tokens
+from dynamic_moe.collect import record_routing
+from dynamic_moe.experts import SharedExpert, SwiGLUExperts
+from dynamic_moe.routers import TopPRouter
+from dynamic_moe.routing import Routing
+
+
+class DynamicMoE(nn.Module):
+    r"""Mixture-of-Experts layer in which each token gets as many experts as its router decides.
+
+    :math:`y = \sum_{i \in S(x)} w_i(x) E_i(x)`, plus the shared expert if there is one. No token is dropped unless the
+    routing rule drops it, and a token without an expert gets 0 from the routed experts.
+
+    Parameters
+    ----------
+    hidden_size, intermediate_size, num_experts : int
+        H, I and E.
+    top_p : float, optional
+        Route by :class:`~dynamic_moe.TopPRouter` with this p; 0.4 where no router is given. For other options of the
+        rule, pass a router.
+    router : Module, optional
+        Any module whose ``forward(x, token_mask)``, x ``[T, H]`` and token_mask bool ``[T]`` or None, returns a
+        :class:`~dynamic_moe.Routing` over E experts.
+    shared_intermediate_size : int, optional
+        Width of a :class:`~dynamic_moe.experts.SharedExpert`. Default: no shared expert.
+    shared_gated : bool, default False
+        Whether the shared expert has a sigmoid gate.
+    init_std : float, default 0.02
+        Weights start as N(0, init_std^2).
+    device, dtype : optional
+        Of the weights. A router that is passed in keeps its own.
+
+    Attributes
+    ----------
+    router : Module
+        Its weight is ``router.weight [E, H]`` in the state dict.
+    experts : SwiGLUExperts
+        ``experts.gate_up_proj [E, 2I, H]`` and ``experts.down_proj [E, H, I]``.
+    shared_expert : SharedExpert or None
+        ``shared_expert.gate_up_proj [2I', H]``, ``shared_expert.down_proj [H, I']`` and, if gated,
+        ``shared_expert.gate [1, H]``.
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive, both ``top_p`` and ``router`` are given, or the router was built for other sizes.
+
+    Examples
+    --------
+    >>> layer = DynamicMoE(hidden_size=64, intermediate_size=128, num_experts=8, top_p=0.4)
+    >>> y, routing = layer(torch.randn(2, 5, 64), return_routing=True)
+    >>> y.shape, routing.tokens_per_expert.shape
+    (torch.Size([2, 5, 64]), torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        *,
+        top_p: float | None = None,
+        router: nn.Module | None = None,
+        shared_intermediate_size: int | None = None,
+        shared_gated: bool = False,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = check_positive("hidden_size", hidden_size)
+        self.intermediate_size = check_positive("intermediate_size", intermediate_size)
+        self.num_experts = check_positive("num_experts", num_experts)
+        if router is None:
+            p = 0.4 if top_p is None else top_p
+            router = TopPRouter(hidden_size, num_experts, p, init_std=init_std, device=device, dtype=dtype)
+        elif top_p is not None:
+            raise ValueError(f"top_p must be None where a router is given, got {top_p!r}")
+        _check_router(router, hidden_size, num_experts)
+        self.router = router
+        self.experts = SwiGLUExperts(
+            num_experts, hidden_size, intermediate_size, init_std=init_std, device=device, dtype=dtype
+        )
+        self.shared_expert: SharedExpert | None = None
+        if shared_intermediate_size is not None:
+            self.shared_expert = SharedExpert(
+                hidden_size,
+                check_positive("shared_intermediate_size", shared_intermediate_size),
+                gated=shared_gated,
+                init_std=init_std,
+                device=device,
+                dtype=dtype,
+            )
+        elif shared_gated:
+            raise ValueError("shared_gated must be False where shared_intermediate_size is None, got True")
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew; a router without ``reset_parameters`` keeps its own."""
+        for module in self.children():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    @overload
+    def forward(
+        self, x: Tensor, *, token_mask: Tensor | None = None, return_routing: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, token_mask: Tensor | None = None, return_routing: Literal[True]
+    ) -> tuple[Tensor, Routing]: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, token_mask: Tensor | None = None, return_routing: bool
+    ) -> Tensor | tuple[Tensor, Routing]: ...
+
+    def forward(
+        self, x: Tensor, *, token_mask: Tensor | None = None, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """Apply the layer to every token of ``x``.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[..., H]``, in the dtype of the weights: float32, bfloat16, float16 or float64 (any of them under autocast).
+        token_mask : Tensor, optional
+            bool ``[...]``, the leading shape of x. A token with False, such as padding, is not sent to any routed expert
+            and enters no statistic and no loss; its output is 0, plus the shared expert's.
+        return_routing : bool, default False
+            Also return the routing, for losses and statistics. To collect it from all layers of a model, see
+            :class:`~dynamic_moe.collect_routing`.
+
+        Returns
+        -------
+        Tensor, or (Tensor, Routing)
+            ``[..., H]`` in the dtype of x (of autocast, under autocast).
+
+        Raises
+        ------
+        ValueError
+            If the width or the dtype of x, or the mask, does not fit.
+        """
+        x_TH = flatten_tokens(x, self.hidden_size)
+        routing: Routing = self.router(x_TH, flatten_mask(token_mask, x))
+        record_routing(self, routing)
+        y_TH: Tensor = self.experts(x_TH, routing.expert_ids, routing.expert_weights)
+        if self.shared_expert is not None:
+            y_TH = y_TH + self.shared_expert(x_TH)
+        y = y_TH.reshape(x.shape)
+        return (y, routing) if return_routing else y
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"num_experts={self.num_experts}"
+        )
+
+
+def _check_router(router: nn.Module, hidden_size: int, num_experts: int) -> None:
+    for name, expected in (("hidden_size", hidden_size), ("num_experts", num_experts)):
+        value = getattr(router, name, expected)
+        if value != expected:
+            raise ValueError(f"router was built with {name}={value}, but the layer has {name}={expected}")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-k routing."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dynamic_moe import ops
+from dynamic_moe._checks import check_positive
+from dynamic_moe.routers.base import Router
+from dynamic_moe.routing import Routing
+
+
+class TopKRouter(Router):
+    r"""Routes each token to its ``k`` most probable experts (Shazeer et al. 2017; softmax before the selection).
+
+    With :math:`P = \operatorname{softmax}(W_r x)`, an expert of the k largest is weighted by :math:`P_i / \sum_{j \in S}
+    P_j` if ``renormalize``, which equals a softmax over the selected logits (Mixtral), else by :math:`P_i` (Switch,
+    Qwen-MoE). Ties go to the lower index.
+
+    Parameters
+    ----------
+    hidden_size, num_experts : int
+        H and E.
+    k : int, default 2
+        Experts per token, at most E.
+    renormalize : bool, default True
+        Divide the weights of a token by their sum.
+    temperature : float, default 1.0
+        Divides the logits before the softmax.
+    init_std, device, dtype
+        As in :class:`Router`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        k: int = 2,
+        renormalize: bool = True,
+        temperature: float = 1.0,
+        *,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
+        if check_positive("k", k) > num_experts:
+            raise ValueError(f"k must be at most num_experts={num_experts}, got {k}")
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
+        self.k = k
+        self.renormalize = renormalize
+        self.temperature = temperature
+
+    def select(self, logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Routing:
+        """Apply the rule to ``[T, E]`` logits."""
+        gating = ops.top_k_gating(
+            logits_TE,
+            self.k,
+            renormalize=self.renormalize,
+            temperature=self.temperature,
+            token_mask=token_mask_T,
+        )
+        return Routing.from_gating(gating, logits_TE, token_mask_T)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return f"{super().extra_repr()}, k={self.k}, renormalize={self.renormalize}, temperature={self.temperature}"

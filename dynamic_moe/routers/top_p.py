@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-p routing."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynamic_moe import ops
+from dynamic_moe._checks import check_positive
+from dynamic_moe.routers.base import Router
+from dynamic_moe.routing import Routing
+
+
+class TopPRouter(Router):
+    r"""Routes each token to the fewest experts whose probabilities reach ``p`` (Huang et al. 2024, eq. 2-5).
+
+    With :math:`P = \operatorname{softmax}(W_r x)` in descending order, the token gets the first
+    :math:`k = \min\{k : \sum_{j \le k} P_j \ge p\}` experts, each weighted by its probability. Ties go to the lower
+    index. The expert that crosses p is among them, so every token gets at least one.
+
+    Parameters
+    ----------
+    hidden_size, num_experts : int
+        H and E.
+    p : float, default 0.4
+        Mass to reach, in (0, 1]; 1 selects every expert.
+    max_experts : int, optional
+        Most experts that a token may get, K. Default E: no cap.
+    renormalize : bool, default False
+        Divide the weights of a token by their sum. The paper and its released code do not.
+    threshold_rule : {"paper", "released"}, default "paper"
+        Stop when the mass is at least p (the paper), or more than p (the released code). They differ only where a partial
+        sum equals p.
+    temperature : float, default 1.0
+        Divides the logits before the softmax.
+    init_std, device, dtype
+        As in :class:`Router`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        p: float = 0.4,
+        max_experts: int | None = None,
+        renormalize: bool = False,
+        threshold_rule: Literal["paper", "released"] = "paper",
+        temperature: float = 1.0,
+        *,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
+        if not 0.0 < p <= 1.0:
+            raise ValueError(f"p must be in (0, 1], got {p!r}")
+        if max_experts is not None and check_positive("max_experts", max_experts) > num_experts:
+            raise ValueError(f"max_experts must be at most num_experts={num_experts}, got {max_experts}")
+        if threshold_rule not in ("paper", "released"):
+            raise ValueError(f"threshold_rule must be 'paper' or 'released', got {threshold_rule!r}")
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
+        self.p = p
+        self.max_experts = max_experts
+        self.renormalize = renormalize
+        self.threshold_rule = threshold_rule
+        self.temperature = temperature
+
+    def select(self, logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Routing:
+        """Apply the rule to ``[T, E]`` logits."""
+        gating = ops.top_p_gating(
+            logits_TE,
+            self.p,
+            max_experts=self.max_experts,
+            threshold_rule=self.threshold_rule,
+            renormalize=self.renormalize,
+            temperature=self.temperature,
+            token_mask=token_mask_T,
+        )
+        return Routing.from_gating(gating, logits_TE, token_mask_T)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return (
+            f"{super().extra_repr()}, p={self.p}, max_experts={self.max_experts}, renormalize={self.renormalize}, "
+            f"threshold_rule={self.threshold_rule!r}, temperature={self.temperature}"
+        )
