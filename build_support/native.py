@@ -53,7 +53,7 @@ def extension() -> Extension:
         include_dirs=[str(CSRC), pybind11.get_include()],
         define_macros=list(macros(toolkit if cuda_sources else None)),
         extra_compile_args={"cxx": base_flags(), "nvcc": cuda_flags()},
-        extra_link_args=["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],
+        extra_link_args=[f"-Wl,--version-script={CSRC / 'bindings' / 'exports.map'}"],
     )
     # Nothing but the stable ABI of libtorch_cpu is used, and the CUDA runtime is linked statically: the same file loads
     # on a CPU build and on a CUDA build of torch.

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native part: the functions that take no tensor. The operators are in ``torch.ops.dynamic_moe``."""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    cxx_standard: int
+    torch_target: str
+    cpu_isas: list[str]
+    cuda: str | None
+    cuda_architectures: list[str]
+
+def build_info() -> BuildInfo: ...
+def cpu_isa() -> str: ...
+def supported_cpu_isas() -> list[str]: ...
+def set_cpu_isa(name: str) -> None: ...
+def cuda_architectures() -> list[str]: ...
