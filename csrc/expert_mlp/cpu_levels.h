@@ -11,12 +11,11 @@ struct ExpertMlpKernels {
   void (*backward)(const ExpertMlpBackwardParams&);
 };
 
+// Defined for the levels that the build compiled (DYNAMIC_MOE_HAS_<level>).
 extern const ExpertMlpKernels kExpertMlpScalar;
-#ifdef __x86_64__
 extern const ExpertMlpKernels kExpertMlpAvx2;
 extern const ExpertMlpKernels kExpertMlpAvx512;
 extern const ExpertMlpKernels kExpertMlpAvx512Bf16;
 extern const ExpertMlpKernels kExpertMlpAmx;
-#endif
 
 }  // namespace dynamic_moe

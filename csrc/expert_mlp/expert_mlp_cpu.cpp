@@ -8,20 +8,34 @@ namespace dynamic_moe {
 namespace {
 
 const ExpertMlpKernels& kernels() {
-#ifdef __x86_64__
   switch (current_isa()) {
-    case Isa::kAvx2:
-      return kExpertMlpAvx2;
-    case Isa::kAvx512:
-      return kExpertMlpAvx512;
-    case Isa::kAvx512Bf16:
-      return kExpertMlpAvx512Bf16;
-    case Isa::kAmx:
-      return kExpertMlpAmx;
     case Isa::kScalar:
       break;
-  }
+    case Isa::kAvx2:
+#ifdef DYNAMIC_MOE_HAS_AVX2
+      return kExpertMlpAvx2;
+#else
+      break;
 #endif
+    case Isa::kAvx512:
+#ifdef DYNAMIC_MOE_HAS_AVX512
+      return kExpertMlpAvx512;
+#else
+      break;
+#endif
+    case Isa::kAvx512Bf16:
+#ifdef DYNAMIC_MOE_HAS_AVX512_BF16
+      return kExpertMlpAvx512Bf16;
+#else
+      break;
+#endif
+    case Isa::kAmx:
+#ifdef DYNAMIC_MOE_HAS_AMX
+      return kExpertMlpAmx;
+#else
+      break;
+#endif
+  }
   return kExpertMlpScalar;
 }
 

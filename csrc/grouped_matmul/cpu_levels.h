@@ -14,12 +14,11 @@ struct GroupedMatmulKernels {
   void (*dw)(const GroupedMatmulDwParams&);
 };
 
+// Defined for the levels that the build compiled (DYNAMIC_MOE_HAS_<level>).
 extern const GroupedMatmulKernels kGroupedMatmulScalar;
-#ifdef __x86_64__
 extern const GroupedMatmulKernels kGroupedMatmulAvx2;
 extern const GroupedMatmulKernels kGroupedMatmulAvx512;
 extern const GroupedMatmulKernels kGroupedMatmulAvx512Bf16;
 extern const GroupedMatmulKernels kGroupedMatmulAmx;
-#endif
 
 }  // namespace dynamic_moe

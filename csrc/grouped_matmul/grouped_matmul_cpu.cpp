@@ -7,20 +7,34 @@ namespace dynamic_moe {
 namespace {
 
 const GroupedMatmulKernels& kernels() {
-#ifdef __x86_64__
   switch (current_isa()) {
-    case Isa::kAvx2:
-      return kGroupedMatmulAvx2;
-    case Isa::kAvx512:
-      return kGroupedMatmulAvx512;
-    case Isa::kAvx512Bf16:
-      return kGroupedMatmulAvx512Bf16;
-    case Isa::kAmx:
-      return kGroupedMatmulAmx;
     case Isa::kScalar:
       break;
-  }
+    case Isa::kAvx2:
+#ifdef DYNAMIC_MOE_HAS_AVX2
+      return kGroupedMatmulAvx2;
+#else
+      break;
 #endif
+    case Isa::kAvx512:
+#ifdef DYNAMIC_MOE_HAS_AVX512
+      return kGroupedMatmulAvx512;
+#else
+      break;
+#endif
+    case Isa::kAvx512Bf16:
+#ifdef DYNAMIC_MOE_HAS_AVX512_BF16
+      return kGroupedMatmulAvx512Bf16;
+#else
+      break;
+#endif
+    case Isa::kAmx:
+#ifdef DYNAMIC_MOE_HAS_AMX
+      return kGroupedMatmulAmx;
+#else
+      break;
+#endif
+  }
   return kGroupedMatmulScalar;
 }
 
