@@ -3,8 +3,8 @@
 
 Build isolation hides the installed packages, so a plain ``requires = ["torch"]`` would download a second torch (with
 its CUDA libraries several GB) only to compile against its headers. The extension uses torch's stable ABI, so any
-torch >= 2.13 is as good as another: the one in the environment that the package goes into is put on ``sys.path``, behind
-everything of the isolated environment. Only where there is none, torch becomes a build requirement.
+torch >= 2.13 is as good as another: the one in the environment that the package goes into is put on ``sys.path``,
+behind everything of the isolated environment. Only where there is none, torch becomes a build requirement.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native extension ``dynamic_moe._C``, built through ``torch.utils.cpp_extension``.
 
-One shared object holds the kernels, the operators (LibTorch stable ABI) and a pybind11 module. ``cpp_extension`` compiles
-every source with one set of flags, so the kernels of a CPU level (``*_cpu_<level>.cpp``) are compiled first, each with the
-flags of its level, and handed to it as objects. Sources are found by name; a new kernel needs no change here.
+One shared object holds the kernels, the operators (LibTorch stable ABI) and a pybind11 module. ``cpp_extension``
+compiles every source with one set of flags, so the kernels of a CPU level (``*_cpu_<level>.cpp``) are compiled first,
+each with the flags of its level, and handed to it as objects. Sources are found by name; a new kernel needs no change
+here.
 
 Environment variables: ``DYNAMIC_MOE_CUDA`` (0: never build CUDA code, 1: fail without nvcc, unset: build it where nvcc
 is found), ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CXX``, ``CXXFLAGS``.

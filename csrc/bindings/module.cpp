@@ -57,8 +57,9 @@ py::dict build_info() {
   py::dict info;
   info["version"] = DYNAMIC_MOE_VERSION;
   info["compiler"] = compiler_name();
-  info["cxx_standard"] = static_cast<long>(__cplusplus);
-  info["torch_target"] = py::str("{}.{}").format((TORCH_TARGET_VERSION >> 56) & 0xff, (TORCH_TARGET_VERSION >> 48) & 0xff);
+  info["cxx_standard"] = __cplusplus;
+  info["torch_target"] =
+      py::str("{}.{}").format((TORCH_TARGET_VERSION >> 56) & 0xff, (TORCH_TARGET_VERSION >> 48) & 0xff);
   info["cpu_isas"] = compiled_cpu_isas();
 #ifdef DYNAMIC_MOE_CUDA_TOOLKIT
   info["cuda"] = DYNAMIC_MOE_CUDA_TOOLKIT;
@@ -72,14 +73,17 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Native part of dynamic_moe: the functions that take no tensor. The operators are in torch.ops.dynamic_moe.";
+  module.doc() =
+      "Native part of dynamic_moe: the functions that take no tensor. The operators are in torch.ops.dynamic_moe.";
   current_isa();  // an unknown DYNAMIC_MOE_CPU_ISA stops the import, with a message that says what it may be
 
   module.def("build_info", &build_info, "What this binary was built with, and for.");
   module.def("cpu_isa", [] { return isa_name(current_isa()); }, "CPU level in use.");
-  module.def("supported_cpu_isas", &supported_cpu_isas, "CPU levels that this build and this machine support, worst first.");
-  module.def("set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name)); }, py::arg("name"),
-             "Use another CPU level from now on. Raises ValueError if it is unknown or not supported here.");
+  module.def("supported_cpu_isas", &supported_cpu_isas,
+             "CPU levels that this build and this machine support, worst first.");
+  module.def(
+      "set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name)); }, py::arg("name"),
+      "Use another CPU level from now on. Raises ValueError if it is unknown or not supported here.");
   module.def("cuda_architectures", &cuda_architectures, "CUDA architectures that this binary holds code for.");
 }
 

@@ -17,10 +17,11 @@ constexpr uint32_t bit(int index) { return uint32_t{1} << index; }
 constexpr bool has_all(uint64_t value, uint64_t mask) { return (value & mask) == mask; }
 
 // CPUID bits, Intel SDM volume 2A, instruction CPUID.
-constexpr uint32_t kFma = bit(12), kOsxsave = bit(27), kAvx = bit(28), kF16c = bit(29);                       // 1, ECX
-constexpr uint32_t kAvx2 = bit(5), kAvx512F = bit(16), kAvx512Dq = bit(17), kAvx512Bw = bit(30), kAvx512Vl = bit(31);  // 7.0, EBX
-constexpr uint32_t kAmxBf16 = bit(22), kAmxTile = bit(24);                                                    // 7.0, EDX
-constexpr uint32_t kAvx512Bf16 = bit(5);                                                                      // 7.1, EAX
+constexpr uint32_t kFma = bit(12), kOsxsave = bit(27), kAvx = bit(28), kF16c = bit(29);  // 1, ECX
+constexpr uint32_t kAvx2 = bit(5), kAvx512F = bit(16), kAvx512Dq = bit(17), kAvx512Bw = bit(30),
+                   kAvx512Vl = bit(31);                     // 7.0, EBX
+constexpr uint32_t kAmxBf16 = bit(22), kAmxTile = bit(24);  // 7.0, EDX
+constexpr uint32_t kAvx512Bf16 = bit(5);                    // 7.1, EAX
 
 // XCR0 bits: the state that the operating system saves when it switches threads.
 constexpr uint64_t kXmmYmmState = 0x6;
@@ -31,14 +32,14 @@ constexpr uint64_t kTileState = 0x60000;
 
 uint64_t read_xcr0() {
   // The instruction itself and not _xgetbv(), which needs -mxsave on this whole file.
-  uint32_t low, high;
+  uint32_t low = 0, high = 0;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
 CpuidRegisters read_registers() {
   CpuidRegisters registers{};
-  uint32_t eax, ebx, ecx, edx;
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(1, 0, &eax, &ebx, &ecx, &edx)) {
     registers.leaf1_ecx = ecx;
     if (has_all(ecx, kOsxsave)) registers.xcr0 = read_xcr0();

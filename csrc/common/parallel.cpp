@@ -16,6 +16,7 @@ void run_on_standard_threads(int64_t begin, int64_t end, int64_t grain, ThreadPo
   const int64_t parts = std::min<int64_t>(standard_thread_count, most);
   if (parts <= 1) return body(begin, end, context);
   std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(parts));
   std::vector<std::exception_ptr> errors(static_cast<size_t>(parts));
   for (int64_t part = 0; part < parts; ++part) {
     threads.emplace_back([&, part] {

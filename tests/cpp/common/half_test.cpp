@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The oracle decodes and rounds with exact double arithmetic (ldexp, nearbyint), nothing like the bit tricks under test.
+// The oracle decodes and rounds with exact double arithmetic (ldexp, nearbyint), nothing like the bit tricks under
+// test.
 #include "common/half.h"
 
 #include <gtest/gtest.h>
@@ -132,8 +133,8 @@ TEST(HalfValues, AreTheKnownOnes) {
   EXPECT_EQ(from_float<Float16>(0x1p-25f).bits, 0x0000);
   EXPECT_EQ(from_float<BFloat16>(1.f).bits, 0x3f80);
   EXPECT_EQ(from_float<BFloat16>(std::numeric_limits<float>::max()).bits, 0x7f80);
-  EXPECT_EQ(from_float<BFloat16>(1.00390625f).bits, 0x3f80);   // halfway, to even: down
-  EXPECT_EQ(from_float<BFloat16>(1.01171875f).bits, 0x3f82);   // halfway, to even: up
+  EXPECT_EQ(from_float<BFloat16>(1.00390625f).bits, 0x3f80);  // halfway, to even: down
+  EXPECT_EQ(from_float<BFloat16>(1.01171875f).bits, 0x3f82);  // halfway, to even: up
 }
 
 }  // namespace

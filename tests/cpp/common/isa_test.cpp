@@ -59,7 +59,8 @@ TEST(CpuFeatures, CompleteProcessorRunsEveryLevel) {
 TEST(CpuFeatures, ProcessorWithoutTheLeavesRunsScalarOnly) { EXPECT_THAT(levels_of({}), ElementsAre("scalar")); }
 
 TEST(CpuFeatures, EachFlagOfAvx2IsNeeded) {
-  for (const int bit : {12, 28, 29}) EXPECT_THAT(levels_of(without(&CpuidRegisters::leaf1_ecx, bit)), ElementsAre("scalar"));
+  for (const int bit : {12, 28, 29})
+    EXPECT_THAT(levels_of(without(&CpuidRegisters::leaf1_ecx, bit)), ElementsAre("scalar"));
   EXPECT_THAT(levels_of(without(&CpuidRegisters::leaf7_ebx, 5)), ElementsAre("scalar"));
 }
 
@@ -203,9 +204,10 @@ TEST_F(IsaVariable, UnsupportedLevelIsAnError) {
   for (const Isa isa : supported_isas()) supported += (supported.empty() ? "" : ", ") + std::string(isa_name(isa));
   for (const Isa isa : kAllIsas) {
     if (isa_supported(isa)) continue;
-    EXPECT_EXIT(exit_after(isa_name(isa), "DYNAMIC_MOE_CPU_ISA must be a level that this build and this machine support (" +
-                                              supported + "), got '" + isa_name(isa) + "'"),
-                ::testing::ExitedWithCode(0), "");
+    EXPECT_EXIT(
+        exit_after(isa_name(isa), "DYNAMIC_MOE_CPU_ISA must be a level that this build and this machine support (" +
+                                      supported + "), got '" + isa_name(isa) + "'"),
+        ::testing::ExitedWithCode(0), "");
   }
 }
 

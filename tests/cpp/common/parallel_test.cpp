@@ -16,8 +16,8 @@
 namespace dynamic_moe {
 namespace {
 
-using ::testing::ElementsAre;
 using ::testing::Each;
+using ::testing::ElementsAre;
 using ::testing::ThrowsMessage;
 
 // Gives every test standard threads and puts the pool back that was there before.

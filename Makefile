@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs in .venv, which is made at first need. A torch >= 2.13 of the active environment is reused; otherwise
+# the pinned one is installed.
+PYTHON ?= python3
+DEMO_ARGS ?= --minutes 4 --name demo
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv/bin/python
+NEEDS := $(PYTHON) build_support/make_venv.py
+INSTALL := $(VENV) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test bench lint format wheel clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## train a small language model on the Python standard library and show the result (DEMO_ARGS)
+	@$(NEEDS) build demo
+	@echo "Building the extension" && $(INSTALL)
+	$(VENV) examples/train_lm.py $(DEMO_ARGS)
+
+test: ## build everything, run ctest and pytest at every CPU level that this machine has (TEST_ARGS)
+	@$(NEEDS) build demo test
+	@echo "Building the extension" && $(INSTALL)
+	$(VENV) tests/run_all.py $(TEST_ARGS)
+
+bench: ## measure against this machine's ceilings and other implementations (BENCH_ARGS)
+	@$(NEEDS) build bench
+	@echo "Building the extension" && $(INSTALL)
+	$(VENV) -m benchmarks $(BENCH_ARGS)
+
+lint: ## ruff, mypy --strict, clang-format, clang-tidy
+	@$(NEEDS) build demo test lint
+	$(VENV) build_support/lint.py
+
+format: ## let ruff and clang-format rewrite the sources
+	@$(NEEDS) build demo test lint
+	$(VENV) build_support/lint.py --fix
+
+wheel: ## wheel and source distribution, into dist/
+	@$(NEEDS) build package
+	$(VENV) -m build --no-isolation --outdir dist
+
+clean: ## remove everything that was built, installed or measured
+	rm -rf .venv build dist runs *.egg-info dynamic_moe/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every test: ctest, then pytest once for each CPU level of this machine; ends with one summary.
+
+ctest registers its own tests once per level. The exit status is 0 only if something ran and all of it passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "build" / "test-results"
+# cmake, ctest and ninja of this environment come before those of the system.
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a test program came to."""
+
+    name: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+
+    def counts(self) -> str:
+        parts = [f"{self.passed} passed", f"{self.failed} failed", f"{self.skipped} skipped"]
+        return ", ".join(part for part in parts if not part.startswith("0 ") or part.endswith("passed"))
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> int:
+    """Run a command in the repository and return its exit status."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | (environment or {}), check=False).returncode
+
+
+def outcome(name: str, report: Path, status: int, seconds: float) -> Outcome:
+    """Read a JUnit report. A program that failed without saying which test did counts as one failure more."""
+    passed = failed = skipped = 0
+    cases: Iterable[ElementTree.Element] = ElementTree.parse(report).iter("testcase") if report.exists() else []
+    for case in cases:
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed += 1
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
+            passed += 1
+    if failed == 0 and (status != 0 or passed == 0):
+        failed = 1
+    return Outcome(name, passed, failed, skipped, seconds)
+
+
+def run_ctest(preset: str) -> Outcome:
+    """Build the unit tests and run them."""
+    start = time.monotonic()
+    report = fresh_report("ctest")
+    status = run(["cmake", "--preset", preset]) or run(["cmake", "--build", "--preset", preset])
+    status = status or run(["ctest", "--preset", preset, "--progress", "--output-junit", str(report)])
+    return outcome("ctest", report, status, time.monotonic() - start)
+
+
+def run_pytest(level: str, arguments: list[str]) -> Outcome:
+    """Run the Python tests at one CPU level."""
+    start = time.monotonic()
+    report = fresh_report(f"pytest-{level}")
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
+    status = run(command, {"DYNAMIC_MOE_CPU_ISA": level})
+    return outcome(f"pytest {level}", report, status, time.monotonic() - start)
+
+
+def fresh_report(name: str) -> Path:
+    """Return where a report goes, with no old one there."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    report = RESULTS / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    return report
+
+
+def supported_levels() -> list[str]:
+    """Return the CPU levels of this machine, best first."""
+    code = "import dynamic_moe._C as native; print(*reversed(native.supported_cpu_isas()))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"dynamic_moe cannot be imported:\n{result.stderr}")
+    return result.stdout.split()
+
+
+def summary(outcomes: list[Outcome]) -> int:
+    """Print what passed and failed and return the exit status."""
+    print("\n" + "=" * 80)
+    width = max(len(each.name) for each in outcomes)
+    for each in outcomes:
+        print(f"{each.name:<{width}}  {each.counts()}  ({each.seconds:.0f} s)")
+    passed = sum(each.passed for each in outcomes)
+    failed = sum(each.failed for each in outcomes)
+    print(f"{passed} passed, {failed} failed", flush=True)
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="release", help="CMake preset of the unit tests")
+    parser.add_argument("--levels", nargs="+", help="CPU levels for pytest (all of this machine)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="pytest processes")
+    options, pytest_arguments = parser.parse_known_args()
+
+    outcomes = [run_ctest(options.preset)]
+    for level in options.levels or supported_levels():
+        arguments = ["-n", str(options.jobs), *pytest_arguments]
+        outcomes.append(run_pytest(level, arguments))
+    return summary(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
