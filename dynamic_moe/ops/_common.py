@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators share: argument checks, the autocast rule, and how a raw operator gets its gradient."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from dynamic_moe import _C  # noqa: F401  registers torch.ops.dynamic_moe
+
+raw = torch.ops.dynamic_moe
+
+Fake = TypeVar("Fake", bound=Callable[..., Any])
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_checked = os.environ.get("DYNAMIC_MOE_CHECKED", "0") not in ("", "0")
+
+
+def checked_mode() -> bool:
+    """Tell whether gating raises on NaN or infinite logits unless a call says otherwise.
+
+    Off by default; on if the environment variable ``DYNAMIC_MOE_CHECKED`` is 1 at import, or after
+    `set_checked_mode`.
+    """
+    return _checked
+
+
+def set_checked_mode(enabled: bool) -> None:
+    """Switch checked mode on or off in this process.
+
+    Parameters
+    ----------
+    enabled : bool
+        Whether ``check_finite=None`` shall mean ``check_finite=True``.
+    """
+    global _checked
+    _checked = bool(enabled)
+
+
+def sac_save_ops() -> list[OpOverload]:
+    """Return the operators whose results selective activation checkpointing should keep.
+
+    They are the routing decision, which is small, and the matrix products, which are the work. Everything else in a
+    Mixture-of-Experts layer is cheap to compute again.
+
+    Returns
+    -------
+    list of OpOverload
+        To be given to ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
+    """
+    return [
+        raw.top_p_gating.default,
+        raw.top_k_gating.default,
+        raw.permute.default,
+        raw.grouped_matmul.default,
+        raw.expert_mlp.default,
+    ]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of gate weights, statistics and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], **sizes: int | None) -> None:
+    """Check type, dtype and shape of an argument.
+
+    Parameters
+    ----------
+    name : str
+        The argument's name, for the message.
+    tensor : Tensor
+        The argument.
+    dtypes : tuple of torch.dtype
+        The dtypes allowed.
+    **sizes : int or None
+        The name and the size of every dimension in order; None where any size will do. Sizes that depend on data
+        (R) must be left None: comparing them would break a graph under torch.compile. The kernels check them.
+
+    Raises
+    ------
+    TypeError
+        If it is not a tensor.
+    ValueError
+        If dtype or shape differ.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must have dtype {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
+    shape = tensor.shape
+    if len(shape) != len(sizes) or any(
+        want is not None and want != size for want, size in zip(sizes.values(), shape, strict=True)
+    ):
+        wanted = ", ".join(dim if size is None else f"{dim}={size}" for dim, size in sizes.items())
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(shape)}")
+
+
+def check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """Check that tensors are on a device.
+
+    Raises
+    ------
+    ValueError
+        If one is not; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like the other arguments, got {tensor.device}")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast the operands of a matrix product as ``torch.autocast`` asks; float64 stays, as in torch's own rule."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Tell whether autograd will differentiate an operator applied to these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    # Inside torch.func.grad the tensors are wrappers whose flag need not tell.
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors) or (
+        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    )
+
+
+def register_fake(op: OpOverload) -> Callable[[Fake], Fake]:
+    """Decorate the function that tells shapes and dtypes of an operator's results (`torch.library.register_fake`)."""
+    decorate: Callable[[Fake], Fake] = torch.library.register_fake(_schema_name(op))
+    return decorate
+
+
+def differentiable(
+    op: OpOverload,
+    backward_ops: tuple[OpOverload, ...],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Give a raw operator its gradient, and return the function through which the public functions call it.
+
+    The gradient is registered with the operator, so that whoever calls ``torch.ops.dynamic_moe`` directly, an exported
+    program and ``torch.compile`` have it. In eager mode that registered path costs several times what a small operator
+    itself does, also where no gradient is needed; the returned function goes around it: through an
+    ``autograd.Function`` made of the same two halves, or straight to the kernel.
+
+    Parameters
+    ----------
+    op : OpOverload
+        The raw operator.
+    backward_ops : tuple of OpOverload
+        The raw operators that ``backward`` calls. They get a formula that raises: there is no second derivative.
+    setup_context : callable
+        ``setup_context(ctx, inputs, output)``: keeps what the backward pass needs.
+    backward : callable
+        ``backward(ctx, *grads)``: one gradient or None for each input.
+
+    Returns
+    -------
+    callable
+        Takes the operator's arguments by position and returns its results.
+    """
+    name = _schema_name(op)
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+    for backward_op in backward_ops:
+        torch.library.register_autograd(_schema_name(backward_op), _no_second_derivative)
+    function = _eager_function(name, op, setup_context, backward)
+    functorch_function = _functorch_function(name, op, setup_context, backward)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return functorch_function.apply(*args)
+        # The Function raises where a tensor carries a forward-mode tangent; the kernel would drop it.
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def _schema_name(op: OpOverload) -> str:
+    return f"{op.namespace}::{op._opname}"
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("the operators of dynamic_moe can be differentiated once only")
+
+
+def _eager_function(name: str, op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """Make the autograd.Function of eager mode, in the form that costs least to call."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward_once))}
+    return type(name.replace("::", "_"), (torch.autograd.Function,), members)
+
+
+def _functorch_function(
+    name: str, op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Any:
+    """Make the autograd.Function that torch.func's transforms accept."""
+    members = {
+        "forward": staticmethod(lambda *args: op(*args)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(once_differentiable(backward)),
+        "generate_vmap_rule": True,
+    }
+    return type(f"{name.replace('::', '_')}_functorch", (torch.autograd.Function,), members)

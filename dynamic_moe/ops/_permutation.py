@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Permutation of (token, expert) pairs into rows sorted by expert, and the sum of the rows back to tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dynamic_moe.ops._common import (
+    FLOAT_DTYPES,
+    accumulator_dtype,
+    check_device,
+    check_tensor,
+    differentiable,
+    raw,
+    register_fake,
+)
+
+
+class Permutation(NamedTuple):
+    """Where the rows of each expert are. Everything is int32.
+
+    Attributes
+    ----------
+    tokens_per_expert : Tensor
+        [E]. Rows of each expert.
+    expert_offsets : Tensor
+        [E + 1]. First row of each expert; the last entry is R.
+    row_token : Tensor
+        [R]. The token of each row. Rows are sorted by expert, then by token.
+    row_slot : Tensor
+        [R]. The flat slot t * K + k of each row.
+    slot_row : Tensor
+        [T, K]. The row of each slot; -1 if it is unused.
+    """
+
+    tokens_per_expert: Tensor
+    expert_offsets: Tensor
+    row_token: Tensor
+    row_slot: Tensor
+    slot_row: Tensor
+
+
+def permute(expert_ids: Tensor, num_experts: int) -> Permutation:
+    """Sort the (token, expert) pairs by expert, then by token.
+
+    Nothing is padded: R, the number of rows, is the number of used slots, and depends on the data.
+
+    Parameters
+    ----------
+    expert_ids : Tensor
+        int32 or int64 [T, K]. An id outside [0, E) marks an unused slot.
+    num_experts : int
+        E >= 1.
+
+    Returns
+    -------
+    Permutation
+
+    Raises
+    ------
+    ValueError
+        If ``expert_ids`` has another dtype or number of dimensions, ``num_experts`` is not positive, or T * K does not
+        fit into 31 bits.
+    """
+    check_tensor("expert_ids", expert_ids, (torch.int32, torch.int64), T=None, K=None)
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    if expert_ids.dtype == torch.int64:
+        expert_ids = expert_ids.clamp(-1, num_experts).to(torch.int32)  # clamped: 2**32 must not wrap to expert 0
+    return Permutation(*raw.permute.default(expert_ids, num_experts))
+
+
+def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
+    """Sum the rows of each token: ``y[t] = sum_k weights[t, k] * rows[slot_row[t, k]]``.
+
+    Sums are float32 (float64 for float64) in the order of the slots, so they are the same bit for bit in every run.
+    A token without a row gets 0.
+
+    Parameters
+    ----------
+    rows : Tensor
+        [R, H], float32, float64, bfloat16 or float16. Differentiable.
+    weights : Tensor or None
+        [T, K]; None for 1. Differentiable.
+    slot_row : Tensor
+        int32 [T, K], as `permute` gives it.
+
+    Returns
+    -------
+    Tensor
+        [T, H] in the dtype of ``rows``.
+
+    Raises
+    ------
+    ValueError
+        If a shape, a dtype or a device does not fit, or an entry of ``slot_row`` is not a row.
+    """
+    check_tensor("rows", rows, FLOAT_DTYPES, R=None, H=None)
+    check_tensor("slot_row", slot_row, (torch.int32,), T=None, K=None)
+    num_tokens, max_experts = slot_row.shape
+    if weights is not None:
+        check_tensor("weights", weights, FLOAT_DTYPES, T=num_tokens, K=max_experts)
+        weights = weights.to(accumulator_dtype(rows.dtype))
+    check_device(rows.device, weights=weights, slot_row=slot_row)
+    y: Tensor = _combine(rows, weights, slot_row)
+    return y
+
+
+@register_fake(raw.permute.default)
+def _permute_fake(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    sizes: tuple[Any, ...] = ((num_experts,), (num_experts + 1,), (num_rows,), (num_rows,), expert_ids.shape)
+    return tuple(expert_ids.new_empty(size) for size in sizes)
+
+
+@register_fake(raw.combine.default)
+def _combine_fake(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
+    return rows.new_empty((slot_row.shape[0], rows.shape[1]))
+
+
+@register_fake(raw.combine_backward.default)
+def _combine_backward_fake(
+    dy: Tensor, rows: Tensor, weights: Tensor | None, slot_row: Tensor, need_rows: bool, need_weights: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        rows.new_empty(rows.shape if need_rows else (0,)),
+        rows.new_empty(slot_row.shape if need_weights else (0,), dtype=accumulator_dtype(rows.dtype)),
+    )
+
+
+def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weights, slot_row = ctx.saved_tensors
+    need_rows, need_weights, _ = ctx.needs_input_grad
+    d_rows, d_weights = raw.combine_backward.default(dy, rows, weights, slot_row, need_rows, need_weights)
+    return d_rows if need_rows else None, d_weights if need_weights else None, None
+
+
+_combine = differentiable(raw.combine.default, (raw.combine_backward.default,), _combine_setup, _combine_backward)
+
+
+@register_flop_formula([raw.permute, raw.combine, raw.combine_backward])
+def _no_flops(*args: Any, **kwargs: Any) -> int:
+    """Return 0: torch counts matrix products alone."""
+    return 0
