@@ -210,11 +210,9 @@ def _eager_function(name: str, op: OpOverload, setup_context: Callable[..., None
         setup_context(ctx, args, output)
         return output
 
-    def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward(ctx, *grads)
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward_once))}
+    # The backward half must not run below autograd: unpacking the saved tensors recomputes a checkpointed region, and
+    # that forward pass has to be recorded.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
     return type(name.replace("::", "_"), (torch.autograd.Function,), members)
 
 
