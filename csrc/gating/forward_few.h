@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gating for few experts: a token in each lane, an expert in each register, so that nothing is summed across lanes.
+// Included only by files of one CPU level.
+#pragma once
+
+#include "gating/select.h"
+
+namespace dynamic_moe {
+namespace {
+
+template <class L, int kExperts, class Logit>
+struct ForwardFew {
+  using Floats = typename L::Floats;
+  static constexpr int kColumns = (kExperts + L::kLanes - 1) / L::kLanes;  // vectors in a row of the [T, E] buffers
+  static constexpr int kColumn = kExperts < L::kLanes ? kExperts : L::kLanes;
+
+  struct Sums {
+    Floats s, q;
+  };
+
+  static void load(const GatingParams& p, const Group<L>& group, Floats (&x)[kExperts]) {
+    const Floats fill = L::broadcast(-__builtin_inff());
+    const Logit* first = static_cast<const Logit*>(p.logits) + group.first_token * p.num_experts;
+    for (int column = 0; column < kColumns; ++column) {
+      const int width = clamped(p.num_experts - column * L::kLanes, L::kLanes);
+      Floats rows[L::kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < L::kLanes; ++lane) {
+        const Logit* row = first + lane * p.num_experts + column * L::kLanes;
+        rows[lane] = lane >= group.count ? fill : width == L::kLanes ? L::load(row) : L::load_or(row, width, fill);
+      }
+      L::transpose_floats(rows);
+#pragma GCC unroll 16
+      for (int e = 0; e < kColumn; ++e) x[column * L::kLanes + e] = rows[e];
+    }
+  }
+
+  // Replaces logits kFirst, kFirst + 1, .., kFirst + kCount - 1 (modulo 16) by exp(-d) and adds them up in pairs.
+  template <int kFirst, int kCount>
+  [[gnu::always_inline]] static Sums exponentials(Floats (&x)[kExperts], Floats largest, Floats temperature,
+                                                  bool has_temperature) {
+    if constexpr (kCount > 1) {
+      const Sums a = exponentials<kFirst, kCount / 2>(x, largest, temperature, has_temperature);
+      const Sums b = exponentials<kFirst + kCount / 2, kCount / 2>(x, largest, temperature, has_temperature);
+      return {L::add(a.s, b.s), L::add(a.q, b.q)};
+    } else {
+      Sums sums{};
+#pragma GCC unroll 4
+      for (int e = kFirst; e < kExperts; e += 16) {
+        Floats d = L::sub(largest, x[e]);
+        if (has_temperature) d = L::div(d, temperature);
+        d = L::min(L::broadcast(kLargestExponent), d);
+        x[e] = exp_of_negative<L>(d);
+        sums.s = e == kFirst ? x[e] : L::add(sums.s, x[e]);
+        sums.q = e == kFirst ? L::mul(x[e], d) : L::fma(x[e], d, sums.q);
+      }
+      return sums;
+    }
+  }
+
+  static void write_probabilities(const GatingParams& p, const Group<L>& group, const Floats (&x)[kExperts],
+                                  float* column_sum) {
+    float* first = static_cast<float*>(p.probabilities) + group.first_token * p.num_experts;
+    for (int column = 0; column < kColumns; ++column) {
+      Floats rows[L::kLanes];
+#pragma GCC unroll 16
+      for (int e = 0; e < L::kLanes; ++e) rows[e] = e < kColumn ? x[column * L::kLanes + e] : L::zero();
+      L::transpose_floats(rows);
+      const int width = clamped(p.num_experts - column * L::kLanes, L::kLanes);
+      Floats sum = L::load(column_sum + column * L::kLanes);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < L::kLanes; ++lane) {
+        if (lane >= group.count) break;
+        sum = L::add(sum, rows[lane]);
+        float* row = first + lane * p.num_experts + column * L::kLanes;
+        if (width == L::kLanes) {
+          L::store(row, rows[lane]);
+        } else {
+          L::store_first(row, rows[lane], width);
+        }
+      }
+      L::store(column_sum + column * L::kLanes, sum);
+    }
+  }
+
+  static Group<L> forward(const GatingParams& p, const GatingChunk& chunk, int64_t token,
+                          const GroupScratch<L>& scratch) {
+    Group<L> group{token, clamped(chunk.end - token, L::kLanes), {}, 0};
+    Floats x[kExperts];
+    load(p, group, x);
+    Floats largest = x[0];
+#pragma GCC unroll 32
+    for (int e = 1; e < kExperts; ++e) largest = L::max(largest, x[e]);
+    const Sums sums = exponentials<0, (kExperts < 16 ? kExperts : 16)>(
+        x, largest, L::broadcast(static_cast<float>(p.temperature)), p.temperature != 1.0);
+    const Floats scale = finish_softmax<L>(p, largest, sums.s, sums.q, group);
+    if (L::bits(group.routed) != L::bits(L::first_lanes(L::kLanes))) {
+#pragma GCC unroll 32
+      for (int e = 0; e < kExperts; ++e) x[e] = L::select(group.routed, x[e], L::zero());
+    }
+#pragma GCC unroll 32
+    for (int e = 0; e < kExperts; ++e) {
+      x[e] = L::mul(x[e], scale);
+      typename L::Keys keys[L::kKeyParts];
+      L::make_keys(x[e], L::broadcast_word(static_cast<uint32_t>(e)), keys);
+      for (int part = 0; part < L::kKeyParts; ++part) {
+        L::store_keys(scratch.keys + e * L::kLanes + part * L::kKeyLanes, keys[part]);
+      }
+    }
+    write_probabilities(p, group, x, scratch.column_sum);
+    sort_block<L, kExperts>(scratch.keys);
+    write_selection<L>(p, chunk, group, take_in_order<L>(p, group.routed, kExperts, scratch), scratch);
+    return group;
+  }
+};
+
+}  // namespace
+}  // namespace dynamic_moe
