@@ -26,7 +26,7 @@ class CollectedRoutings(Sequence[Routing]):
         self._model = model
         self._layers = None if model is None else set(model.modules())
         # A linked list, newest first: (layer, routing, older). torch.compile replays the store of a new head without
-        # having looked at the old one. A Python list would be guarded on its length, and recompile at every forward pass.
+        # having looked at the old one. A Python list would be guarded on its length: every pass would recompile.
         self._newest: _Node | None = None
 
     def _records(self) -> list[tuple[nn.Module, Routing]]:
@@ -106,12 +106,14 @@ class collect_routing:
         the next pass, as all outputs are.
     With activation checkpointing
         Use ``use_reentrant=False``. The recomputation in the backward pass is not recorded again. (Re-entrant
-        checkpointing runs the forward pass without gradients, so what is collected in it has none.) If checkpoint calls
-        lie inside the compiled region, set ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint``;
-        a block that is opened outside the compiled region sets it itself for as long as it is open. If compiled code lies
-        inside an eager checkpoint, close the block before the backward pass.
-    With none of these options at hand
-        ``layer(x, return_routing=True)`` returns the routing and has no side effect.
+        checkpointing runs the forward pass without gradients, so what is collected in it has none.)
+    With both
+        Checkpoint calls inside a compiled region need
+        ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``. A block that is opened outside the
+        compiled region sets it for as long as it is open; for one that is opened inside, set it yourself. Where
+        compiled code lies inside an eager checkpoint, close the block before the backward pass.
+
+    ``layer(x, return_routing=True)`` returns the routing instead, and needs none of this.
 
     Parameters
     ----------

@@ -132,10 +132,10 @@ class DynamicMoE(nn.Module):
         Parameters
         ----------
         x : Tensor
-            ``[..., H]``, in the dtype of the weights: float32, bfloat16, float16 or float64 (any of them under autocast).
+            ``[..., H]``, in the dtype of the weights: float32, bfloat16, float16 or float64. Under autocast, any of them.
         token_mask : Tensor, optional
-            bool ``[...]``, the leading shape of x. A token with False, such as padding, is not sent to any routed expert
-            and enters no statistic and no loss; its output is 0, plus the shared expert's.
+            bool ``[...]``, the leading shape of x. A token with False, such as padding, goes to no routed expert and
+            enters no statistic and no loss; its output is 0, plus the shared expert's.
         return_routing : bool, default False
             Also return the routing, for losses and statistics. To collect it from all layers of a model, see
             :class:`~dynamic_moe.collect_routing`.

@@ -56,8 +56,8 @@ def load_balancing(
     def loss(layer: Routing) -> Tensor:
         num_tokens = layer.num_tokens.clamp(min=1)
         total = num_tokens if fraction == "tokens" else layer.tokens_per_expert.sum().clamp(min=1)
-        mean_probability_E = layer.probability_sum / num_tokens
-        return layer.num_experts * torch.dot(layer.tokens_per_expert / total, mean_probability_E)
+        fraction_E = layer.tokens_per_expert.to(layer.probability_sum.dtype) / total
+        return layer.num_experts * torch.dot(fraction_E, layer.probability_sum / num_tokens)
 
     return _over_layers(loss, routing, layers)
 

@@ -48,7 +48,7 @@ class RoutingStatistics(NamedTuple):
 class Routing(NamedTuple):
     """The decision of a router, in the form that every expert pass, loss and statistic reads.
 
-    Which rule made it does not show. Tokens are flat, in row-major order of the leading dimensions of the layer's input.
+    Which rule made it does not show. Tokens are flat, in row-major order of the leading dimensions of the input.
     Float fields are float32, or float64 where the router's input was. A named tuple, so that ``torch.compile``,
     ``torch.export``, activation checkpointing, DDP and FSDP all see the tensors in it.
 

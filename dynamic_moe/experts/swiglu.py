@@ -11,7 +11,8 @@ from dynamic_moe._checks import check_positive, check_std, flatten_tokens
 class SwiGLUExperts(nn.Module):
     r"""E experts, each :math:`W_d (\operatorname{silu}(W_g x) \odot W_u x)` (Shazeer 2020), without biases.
 
-    Usable on its own: ``forward`` is called as the experts of Hugging Face Transformers are, and the weights lie as theirs.
+    Usable on its own: ``forward`` is called as the experts of Hugging Face Transformers are, and the weights have the
+    layout of theirs.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ class Router(nn.Module):
 
             def select(self, logits_TE, token_mask_T=None):
                 probabilities_TE = logits_TE.softmax(-1)
-                weights_TE, ids_TE = probabilities_TE.sort(-1, descending=True, stable=True)
+                weights_TE, ids_TE = probabilities_TE.sort(dim=-1, descending=True, stable=True)
                 ids_TE = ids_TE.masked_fill(weights_TE < 1 / self.num_experts, self.num_experts)
                 return Routing.from_selection(logits_TE, ids_TE, weights_TE, token_mask_T=token_mask_T)
 
@@ -85,7 +85,8 @@ class Router(nn.Module):
         x : Tensor
             ``[..., H]``, floating point.
         token_mask : Tensor, optional
-            bool ``[...]``, the leading shape of x. A token with False gets no expert and enters no statistic and no loss.
+            bool ``[...]``, the leading shape of x. A token with False gets no expert, and enters no statistic and no
+            loss.
 
         Raises
         ------

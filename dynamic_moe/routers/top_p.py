@@ -31,8 +31,8 @@ class TopPRouter(Router):
     renormalize : bool, default False
         Divide the weights of a token by their sum. The paper and its released code do not.
     threshold_rule : {"paper", "released"}, default "paper"
-        Stop when the mass is at least p (the paper), or more than p (the released code). They differ only where a partial
-        sum equals p.
+        Stop when the mass is at least p (the paper), or more than p (the released code). They differ only where a
+        partial sum equals p.
     temperature : float, default 1.0
         Divides the logits before the softmax.
     init_std, device, dtype
