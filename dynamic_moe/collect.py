@@ -109,8 +109,8 @@ class collect_routing:
         checkpointing runs the forward pass without gradients, so what is collected in it has none.)
     With both
         Checkpoint calls inside a compiled region need
-        ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``. A block that is opened outside the
-        compiled region sets it for as long as it is open; for one that is opened inside, set it yourself. Where
+        ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``. A block that is opened outside
+        the compiled region sets it for as long as it is open; for one that is opened inside, set it yourself. Where
         compiled code lies inside an eager checkpoint, close the block before the backward pass.
 
     ``layer(x, return_routing=True)`` returns the routing instead, and needs none of this.

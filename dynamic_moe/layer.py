@@ -132,7 +132,7 @@ class DynamicMoE(nn.Module):
         Parameters
         ----------
         x : Tensor
-            ``[..., H]``, in the dtype of the weights: float32, bfloat16, float16 or float64. Under autocast, any of them.
+            ``[..., H]``, in the dtype of the weights: float32, bfloat16, float16 or float64; any under autocast.
         token_mask : Tensor, optional
             bool ``[...]``, the leading shape of x. A token with False, such as padding, goes to no routed expert and
             enters no statistic and no loss; its output is 0, plus the shared expert's.

@@ -16,8 +16,8 @@ class TopKRouter(Router):
     r"""Routes each token to its ``k`` most probable experts (Shazeer et al. 2017; softmax before the selection).
 
     With :math:`P = \operatorname{softmax}(W_r x)` and S the k largest, an expert of S is weighted by
-    :math:`P_i / \sum_{j \in S} P_j` if ``renormalize``, which equals a softmax over the selected logits (Mixtral), else by
-    :math:`P_i` (Switch, Qwen1.5-MoE). Ties go to the lower index.
+    :math:`P_i / \sum_{j \in S} P_j` if ``renormalize``, which equals a softmax over the selected logits (Mixtral),
+    else by :math:`P_i` (Switch, Qwen1.5-MoE). Ties go to the lower index.
 
     Parameters
     ----------
