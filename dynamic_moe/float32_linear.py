@@ -46,11 +46,16 @@ def _accumulation_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _MixedLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TH, weight_EH)
+    def forward(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
         dtype = _accumulation_dtype(x_TH, weight_EH)
         return functional.linear(x_TH.to(dtype), weight_EH.to(dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable

@@ -102,6 +102,22 @@ def test_low_precision_gradients_match_float64(dtype: torch.dtype) -> None:
         assert error < 4 * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_functional_gradient_equals_backward(dtype: torch.dtype) -> None:
+    layer, x = make(dtype), torch.randn(9, 24).to(dtype)
+    _, loss, _ = train_step(layer, x)
+    loss.backward()
+
+    def run(parameters: dict[str, Tensor]) -> Tensor:
+        y, routing = torch.func.functional_call(layer, parameters, x, {"return_routing": True})
+        balance = losses.load_balancing(routing) + losses.dynamic(routing) + losses.router_z(routing)
+        return y.square().mean() + balance
+
+    gradients = torch.func.grad(run)({name: parameter.detach() for name, parameter in layer.named_parameters()})
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_shared_expert_is_added(gated: bool) -> None:
     layer = make(shared_intermediate_size=16, shared_gated=gated)

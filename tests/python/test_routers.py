@@ -154,6 +154,19 @@ def test_low_precision_gradients_match_float64_and_keep_no_wide_copy_of_x(dtype:
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
+def test_a_backward_pass_inside_autocast_is_not_rounded() -> None:
+    router = TopKRouter(64, 8, init_std=0.5)
+    x = torch.randn(12, 64).bfloat16()  # a bfloat16 activation meets a float32 weight
+    d_logits = torch.randn(12, 8)
+    router.logits(x).backward(d_logits)
+    expected, router.weight.grad = router.weight.grad, None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        router.logits(x).backward(d_logits)
+    assert expected is not None
+    assert router.weight.grad is not None
+    assert torch.equal(router.weight.grad, expected)
+
+
 def test_float64_is_float64_throughout() -> None:
     routing = TopPRouter(8, 4, dtype=torch.float64)(torch.randn(3, 8, dtype=torch.float64))
     assert {field.dtype for field in routing[:-1]} == {torch.float64, torch.int32}
