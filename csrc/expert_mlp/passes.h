@@ -34,32 +34,52 @@ void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C:
   auto* pre_activation = static_cast<T*>(p.pre_activation);
   const int64_t h = p.hidden_size, i = p.intermediate_size;
   const int64_t chunk_row = p.groups.expert_offsets[e0];
-  const int64_t tasks = divide_up(i, C::kColumns);
-  parallel_tasks((e1 - e0) * tasks, [&](int64_t index) {
-    const int64_t e = e0 + index / tasks, n = index % tasks * C::kColumns;
+  const int64_t pairs = divide_up(column_panels_at_once<C>(h, 2 * i, e1 - e0), 2);
+  const int64_t step = pairs * C::kColumns;
+  const int64_t tasks = divide_up(i, step), all_tasks = (e1 - e0) * tasks, ahead = num_threads();
+  parallel_tasks(all_tasks, [&](int64_t index) {
+    const int64_t e = e0 + index / tasks, n = index % tasks * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
-    const int columns = static_cast<int>(smaller(C::kColumns, i - n));
-    const Panels<C> gate_and_up{n, 2, {0, columns, 2 * columns}};
-    const T* matrix = weight + (e * 2 * i + n) * h;
+    const Panels<C> half = cut_into_panels<C>(n, i, static_cast<int>(pairs));
+    Panels<C> panels{n, 2 * half.count, {}};  // gate 0, up 0, gate 1, up 1, ...
+    for (int panel = 0; panel < panels.count; ++panel) {
+      panels.start[panel + 1] = panels.start[panel] + half.columns(panel / 2);
+    }
+    const MatrixRows<C> gate{weight + (e * 2 * i + n) * h, h};
     multiply_block<C>(
-        rows_of(p.groups, e), gate_and_up, h,
+        rows_of(p.groups, e), panels, h,
         [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * h; },
         [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
-          pack_rows_as_columns<C>(matrix + panel * i * h + k, h, columns, elements, out);
+          gate.pack(half.start[panel / 2] + panel % 2 * i, panels.columns(panel), k, elements, out);
+        },
+        [&](Stream& stream, int64_t k, int64_t elements) {
+          stream.add(gate.region(0, half.start[half.count], k, elements));
+          stream.add(gate.region(i, half.start[half.count], k, elements));
+        },
+        [&](Stream& stream, int64_t elements) {
+          const int64_t next = index + ahead, column = next % tasks * step;
+          if (next >= all_tasks || rows_of(p.groups, e0 + next / tasks) == 0) return;
+          const MatrixRows<C> upcoming{weight + ((e0 + next / tasks) * 2 * i + column) * h, h};
+          stream.add(upcoming.region(0, smaller(step, i - column), 0, elements));
+          stream.add(upcoming.region(i, smaller(step, i - column), 0, elements));
         },
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int row = 0; row < count; ++row, sums += pitch) {
             T* out = activation + (first_row - chunk_row + r + row) * i + n;
             T* kept = pre_activation == nullptr ? nullptr : pre_activation + (first_row + r + row) * 2 * i + n;
-            for (int column = 0; column < columns; column += C::kLanes) {
-              const int width = static_cast<int>(smaller(C::kLanes, columns - column));
-              const typename Simd::Floats gate = Simd::load(sums + column);
-              const typename Simd::Floats up = Simd::load(sums + C::kColumns + column);
-              store_some<C>(out + column, swiglu<Simd>(gate, up), width);
-              if (kept == nullptr) continue;
-              store_some<C>(kept + column, gate, width);
-              store_some<C>(kept + i + column, up, width);
+            for (int pair = 0; pair < half.count; ++pair) {
+              const float* gates = sums + 2 * pair * C::kColumns;
+              for (int within = 0; within < half.columns(pair); within += C::kLanes) {
+                const int column = half.start[pair] + within;
+                const int width = static_cast<int>(smaller(C::kLanes, half.columns(pair) - within));
+                const typename Simd::Floats gate = Simd::load(gates + within);
+                const typename Simd::Floats up = Simd::load(gates + C::kColumns + within);
+                store_some<C>(out + column, swiglu<Simd>(gate, up), width);
+                if (kept == nullptr) continue;
+                store_some<C>(kept + column, gate, width);
+                store_some<C>(kept + i + column, up, width);
+              }
             }
           }
         });
@@ -79,14 +99,12 @@ void expert_mlp(const ExpertMlpParams& p) {
     const int64_t chunk_row = p.groups.expert_offsets[e0];
     T* const activation = scratch<T>(Scratch::kActivation, (p.groups.expert_offsets[e1] - chunk_row) * i);
     up_projection<C>(p, e0, e1, activation);
-    parallel_tasks(shares.count, [&](int64_t share) {
+    parallel_tasks(shares.count(), [&](int64_t share) {
       const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
       if (e0 == 0) zero_columns<C>(total, p.groups.num_tokens, h, begin, end);
       accumulate_by_token<C>(
           p.groups, e0, e1, begin, end, i, [&](int64_t r) { return activation + (r - chunk_row) * i; },
-          [&](int64_t e, int64_t n, int columns, int64_t k, int64_t elements, typename C::Word* panel) {
-            pack_rows_as_columns<C>(down + (e * h + n) * i + k, i, columns, elements, panel);
-          },
+          [&](int64_t e) { return MatrixRows<C>{down + e * h * i, i}; },
           [&](int64_t r) { return weight_of_row(p.row_slot, p.expert_weights, r); }, total, h);
       if constexpr (!std::is_same_v<T, float>) {
         if (e1 == experts) convert_columns<C>(total, static_cast<T*>(p.y), p.groups.num_tokens, h, begin, end);
@@ -115,19 +133,27 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
   const auto* pre_activation = static_cast<const T*>(p.pre_activation);
   const int64_t h = p.hidden_size, i = p.intermediate_size;
   const int64_t chunk_row = p.groups.expert_offsets[e0];
-  const int64_t tasks = divide_up(i, step);
-  parallel_tasks((e1 - e0) * tasks, [&](int64_t index) {
+  const int64_t tasks = divide_up(i, step), all_tasks = (e1 - e0) * tasks, ahead = num_threads();
+  parallel_tasks(all_tasks, [&](int64_t index) {
     const int64_t e = e0 + index / tasks, block = index % tasks, n = block * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
     const Panels<C> panels = cut_into_panels<C>(n, i, static_cast<int>(step / C::kColumns));
-    const T* matrix = down + e * h * i + n;
+    const MatrixColumns<C> matrix{down + e * h * i + n, i};
     multiply_block<C>(
         rows_of(p.groups, e), panels, h,
         [&](int64_t r) { return dy + token_of_row(p.groups, first_row + r) * h; },
         [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
-          const T* corner = matrix + k * i + panels.start[panel];
-          pack_columns<C>([&](int64_t row) { return corner + row * i; }, panels.columns(panel), elements, out);
+          matrix.pack(panels.start[panel], panels.columns(panel), k, elements, out);
+        },
+        [&](Stream& stream, int64_t k, int64_t elements) {
+          stream.add(matrix.region(0, panels.start[panels.count], k, elements));
+        },
+        [&](Stream& stream, int64_t elements) {
+          const int64_t next = index + ahead, column = next % tasks * step;
+          if (next >= all_tasks || rows_of(p.groups, e0 + next / tasks) == 0) return;
+          const MatrixColumns<C> upcoming{down + (e0 + next / tasks) * h * i + column, i};
+          stream.add(upcoming.region(0, smaller(step, i - column), 0, elements));
         },
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int row = 0; row < count; ++row, sums += pitch) {
@@ -164,10 +190,7 @@ void input_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e1, co
   accumulate_by_token<C>(
       p.groups, e0, e1, begin, end, 2 * i,
       [&](int64_t r) { return chunk.d_pre_activation + (r - chunk_row) * 2 * i; },
-      [&](int64_t e, int64_t column, int columns, int64_t n, int64_t elements, typename C::Word* panel) {
-        const T* corner = weight + (e * 2 * i + n) * h + column;
-        pack_columns<C>([&](int64_t row) { return corner + row * h; }, columns, elements, panel);
-      },
+      [&](int64_t e) { return MatrixColumns<C>{weight + e * 2 * i * h, h}; },
       [](int64_t) { return 1.0f; }, total, h);
   if constexpr (!std::is_same_v<T, float>) {
     if (e1 == p.groups.num_experts) {
@@ -187,7 +210,7 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
   const auto* const dy = static_cast<const T*>(p.dy);
   float* const total = p.dx == nullptr ? nullptr : accumulator<C>(static_cast<T*>(p.dx), p.groups.num_tokens * h);
   const ColumnShares<C> shares(h);
-  const int64_t dx_tasks = p.dx == nullptr ? 0 : shares.count;
+  const int64_t dx_tasks = p.dx == nullptr ? 0 : shares.count();
   const int64_t step = static_cast<int64_t>(panels_at_once<C>(h)) * C::kColumns;
   const int64_t blocks = divide_up(i, step);
   if (d_weights != nullptr) __builtin_memset(d_weights, 0, static_cast<size_t>(p.num_slots) * sizeof(float));

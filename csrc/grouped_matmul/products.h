@@ -15,7 +15,7 @@
 namespace dynamic_moe {
 namespace {
 
-constexpr int kMostPanels = 4;           // panels that a task packs at once
+constexpr int kMostPanels = 16;           // panels that a task packs at once
 constexpr int64_t kPanelBytes = 400000;  // of the second-level cache that packed panels may take
 constexpr int64_t kRowBlock = 512;       // rows whose partial sums are kept while the inner dimension is walked
 
@@ -66,11 +66,49 @@ struct InnerBlocks {
   int64_t size(int64_t b) const { return begin(b + 1) - begin(b); }
 };
 
-// rows x panels. row(r) is the storage of row r; pack(p, k, elements, panel) packs `elements` inner elements from k on;
-// emit(r, count, sums, pitch) receives `count` finished rows: panel p's columns start at sums + p * C::kColumns.
-template <class C, class Row, class Pack, class Emit>
+// Where multiply_block's panels come from: a matrix whose rows are the product's columns (y = W x) ...
+template <class C>
+struct MatrixRows {
+  const typename C::T* matrix;  // row of the panels' first column, inner element 0
+  int64_t pitch;
+
+  void pack(int64_t column, int columns, int64_t k, int64_t elements, typename C::Word* panel) const {
+    pack_rows_as_columns<C>(matrix + column * pitch + k, pitch, columns, elements, panel);
+  }
+  Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
+    return {reinterpret_cast<const char*>(matrix + column * pitch + k), columns,
+            elements * static_cast<int64_t>(sizeof(typename C::T)), pitch * static_cast<int64_t>(sizeof(typename C::T))};
+  }
+};
+
+// ... or one whose columns are (x = W^T y).
+template <class C>
+struct MatrixColumns {
+  const typename C::T* matrix;
+  int64_t pitch;
+
+  void pack(int64_t column, int columns, int64_t k, int64_t elements, typename C::Word* panel) const {
+    const typename C::T* corner = matrix + k * pitch + column;
+    pack_columns<C>([&](int64_t i) { return corner + i * pitch; }, columns, elements, panel);
+  }
+  Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
+    return {reinterpret_cast<const char*>(matrix + k * pitch + column), elements,
+            columns * static_cast<int64_t>(sizeof(typename C::T)), pitch * static_cast<int64_t>(sizeof(typename C::T))};
+  }
+};
+
+// Panels that a task packs: as many as fit the cache, but not so many that threads would wait for work.
+template <class C>
+int column_panels_at_once(int64_t inner, int64_t columns, int64_t experts) {
+  const int64_t fair = experts * divide_up(columns, C::kColumns) / (8 * static_cast<int64_t>(num_threads()));
+  return static_cast<int>(fair < 1 ? 1 : smaller(fair, panels_at_once<C>(inner)));
+}
+
+// rows x panels. row(r) is the storage of row r. pack(p, k, elements, panel) packs `elements` inner elements from k on,
+// regions(stream, k, elements) tells where all of them lie, after(stream, elements) what the caller will pack next. emit(r, count, sums, pitch) receives `count` finished rows: panel p's columns start at sums + p * C::kColumns.
+template <class C, class Row, class Pack, class Regions, class After, class Emit>
 void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const Row& row, const Pack& pack,
-                    const Emit& emit) {
+                    const Regions& regions, const After& after, const Emit& emit) {
   using Word = typename C::Word;
   const InnerBlocks<C> blocks(inner);
   const int64_t pitch = static_cast<int64_t>(panels.count) * C::kColumns;
@@ -87,16 +125,36 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
     const int64_t groups = divide_up(block_rows, C::kRows);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const bool last = b + 1 == blocks.count;
+      const int64_t words = C::words(blocks.size(b));
       for (int p = 0; p < panels.count; ++p) pack(p, blocks.begin(b), blocks.size(b), packed + p * panel_words);
+      Stream stream;
+      if (!last) {
+        regions(stream, blocks.begin(b + 1), blocks.size(b + 1));
+      } else if (first_row + row_block < rows) {
+        regions(stream, 0, blocks.size(0));
+      } else {
+        after(stream, blocks.size(0));
+      }
+      stream.start(groups * panels.count * divide_up(words, kLineWords));
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t from = block_rows * g / groups;
         const int count = static_cast<int>(block_rows * (g + 1) / groups - from);
-        const RowsInPlace<C> broadcast = broadcast_rows<C>(
-            [&](int r) { return row(first_row + from + r); }, count, blocks.begin(b), blocks.size(b), space);
+        RowsInPlace<C> broadcast = broadcast_rows<C>([&](int r) { return row(first_row + from + r); }, count,
+                                                     blocks.begin(b), blocks.size(b), space);
+        broadcast.stream = &stream;
+        if (space == nullptr && g + 1 < groups) {
+          const int64_t upcoming = block_rows * (g + 1) / groups;
+          const int64_t most = block_rows * (g + 2) / groups - upcoming;
+          for (int r = 0; r < C::kRows; ++r) {
+            broadcast.next[r] = reinterpret_cast<const Word*>(
+                row(first_row + upcoming + smaller(r, most - 1)) + blocks.begin(b));
+          }
+        }
         float* const c = blocks.count > 1 ? sums + from * pitch : sums;
         for (int p = 0; p < panels.count; ++p) {
-          tile_function<C, RowsInPlace<C>>(count, panels.vectors(p))(
-              C::words(blocks.size(b)), broadcast, packed + p * panel_words, c + p * C::kColumns, pitch, b > 0);
+          if (p == 1) broadcast.next[0] = nullptr;
+          tile_function<C, RowsInPlace<C>>(count, panels.vectors(p))(words, broadcast, packed + p * panel_words,
+                                                                     c + p * C::kColumns, pitch, b > 0);
         }
         if (last) emit(first_row + from, count, c, pitch);
       }
@@ -139,48 +197,66 @@ inline int64_t rows_of(const RowGroups& groups, int64_t expert) {
   return groups.expert_offsets[expert + 1] - groups.expert_offsets[expert];
 }
 
-// Columns [0, width) cut for the threads, at vector boundaries; the cut does not change any sum.
+// Columns [0, width) cut for the threads: whole panels, as many for each thread, then what is left in equal parts. The
+// cut changes no sum.
 template <class C>
-struct ColumnShares {
-  int64_t width, count;
-
-  explicit ColumnShares(int64_t columns) : width(columns) {
-    const int64_t vectors = divide_up(columns, C::kLanes);
-    const int64_t wanted = 8 * static_cast<int64_t>(num_threads());
-    const int64_t useful = divide_up(vectors, 2);  // not narrower than two vectors
-    count = wanted < useful ? wanted : (useful > 0 ? useful : 1);
+class ColumnShares {
+ public:
+  explicit ColumnShares(int64_t width) : width_(width) {
+    const int64_t vectors = divide_up(width, C::kLanes), threads = num_threads();
+    whole_ = vectors / C::kVectors / threads * threads;
+    left_ = vectors - whole_ * C::kVectors;
+    count_ = whole_ + smaller(left_, threads);
   }
+  int64_t count() const { return count_; }
   int64_t begin(int64_t share) const {
-    return smaller(divide_up(width, C::kLanes) * share / count * C::kLanes, width);
+    const int64_t part = share - whole_;
+    const int64_t vectors =
+        part <= 0 ? share * C::kVectors : whole_ * C::kVectors + left_ * part / (count_ - whole_);
+    return smaller(vectors * C::kLanes, width_);
   }
+
+ private:
+  int64_t width_, whole_, left_, count_;
 };
 
 // total[token][n] += scale(row) * (row(r) x matrix_e)[n] for the columns [begin, end) and the experts [e0, e1).
-// pack(e, n, columns, k, elements, panel) packs columns from n on of expert e's matrix.
-template <class C, class Row, class Pack, class Scale>
+// source(e): a MatrixRows or MatrixColumns of expert e's matrix.
+template <class C, class Row, class Source, class Scale>
 void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_t begin, int64_t end, int64_t inner,
-                         const Row& row, const Pack& pack, const Scale& scale, float* total, int64_t total_pitch) {
+                         const Row& row, const Source& source, const Scale& scale, float* total,
+                         int64_t total_pitch) {
   using Simd = typename C::Simd;
   const int most = panels_at_once<C>(inner);
   for (int64_t e = e0; e < e1; ++e) {
     const int64_t first_row = groups.expert_offsets[e];
+    const auto matrix = source(e);
     for (int64_t n = begin; n < end;) {
       const Panels<C> panels = cut_into_panels<C>(n, end, most);
+      const int width = panels.start[panels.count];
       multiply_block<C>(
           rows_of(groups, e), panels, inner, [&](int64_t r) { return row(first_row + r); },
           [&](int p, int64_t k, int64_t elements, typename C::Word* panel) {
-            pack(e, n + panels.start[p], panels.columns(p), k, elements, panel);
+            matrix.pack(n + panels.start[p], panels.columns(p), k, elements, panel);
+          },
+          [&](Stream& stream, int64_t k, int64_t elements) { stream.add(matrix.region(n, width, k, elements)); },
+          [&](Stream& stream, int64_t elements) {
+            if (n + width < end) {
+              stream.add(matrix.region(n + width, smaller(width, end - n - width), 0, elements));
+            } else if (e + 1 < e1) {
+              stream.add(source(e + 1).region(begin, cut_into_panels<C>(begin, end, most).start[1], 0, elements));
+            }
           },
           [&](int64_t r, int count, const float* sums, int64_t pitch) {
             for (int i = 0; i < count; ++i) {
               float* out = total + token_of_row(groups, first_row + r + i) * total_pitch + n;
               const typename Simd::Floats factor = Simd::broadcast(scale(first_row + r + i));
-              for_each_vector<C>(panels, sums + i * pitch, [&](typename Simd::Floats v, int column, int width) {
-                store_some<C>(out + column, Simd::fma(v, factor, load_some<C>(out + column, width)), width);
+              for_each_vector<C>(panels, sums + i * pitch, [&](typename Simd::Floats v, int column, int columns) {
+                store_some<C>(out + column, Simd::fma(v, factor, load_some<C>(out + column, columns)), columns);
               });
             }
           });
-      n += panels.start[panels.count];
+      n += width;
     }
   }
 }
@@ -227,6 +303,7 @@ void outer_products(int64_t rows, int n_count, int64_t width, const RowA& a, con
     pack_broadcast_columns<C>([&](int64_t r) { return a(k + r); }, n_count, blocks.size(block),
                               a_packed + a_words * block);
   }
+  Stream nothing;
   for (int64_t h = 0; h < width;) {
     const Panels<C> panels = cut_into_panels<C>(h, width, 1);
     const int columns = panels.columns(0);
@@ -235,7 +312,7 @@ void outer_products(int64_t rows, int n_count, int64_t width, const RowA& a, con
       const int64_t words = C::words(blocks.size(block));
       pack_columns<C>([&](int64_t r) { return b(k + r) + h; }, columns, blocks.size(block), panel);
       for (int n = 0; n < n_count; n += C::kRows) {
-        const RowsPacked<C> packed{a_packed + a_words * block + n * words};
+        const RowsPacked<C> packed{a_packed + a_words * block + n * words, &nothing};
         float* const c = sums + n * C::kColumns;
         tile_function<C, RowsPacked<C>>(C::kRows, panels.vectors(0))(words, packed, panel, c, C::kColumns, block > 0);
         if (block + 1 < blocks.count) continue;
@@ -302,20 +379,30 @@ void grouped_matmul(const GroupedMatmulParams& p) {
   const auto* x = static_cast<const T*>(p.x);
   const auto* weight = static_cast<const T*>(p.weight);
   auto* y = static_cast<T*>(p.y);
-  const int most = panels_at_once<C>(p.k);
-  const int64_t step = static_cast<int64_t>(most) * C::kColumns;
-  const int64_t tasks = divide_up(p.n, step);
-  parallel_tasks(p.groups.num_experts * tasks, [&](int64_t index) {
+  const int64_t step = column_panels_at_once<C>(p.k, p.n, p.groups.num_experts) * C::kColumns;
+  const int64_t tasks = divide_up(p.n, step), all_tasks = p.groups.num_experts * tasks;
+  const int64_t ahead = num_threads();  // tasks are handed out in order: the one that this thread will likely get next
+  parallel_tasks(all_tasks, [&](int64_t index) {
     const int64_t e = index / tasks, n = index % tasks * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
-    const Panels<C> panels = cut_into_panels<C>(n, p.n, most);
-    const T* matrix = weight + (e * p.n + n) * p.k;
+    const Panels<C> panels = cut_into_panels<C>(n, p.n, static_cast<int>(step / C::kColumns));
+    const MatrixRows<C> matrix{weight + (e * p.n + n) * p.k, p.k};
     multiply_block<C>(
         rows_of(p.groups, e), panels, p.k,
         [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * p.k; },
         [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
-          pack_rows_as_columns<C>(matrix + panels.start[panel] * p.k + k, p.k, panels.columns(panel), elements, out);
+          matrix.pack(panels.start[panel], panels.columns(panel), k, elements, out);
+        },
+        [&](Stream& stream, int64_t k, int64_t elements) {
+          stream.add(matrix.region(0, panels.start[panels.count], k, elements));
+        },
+        [&](Stream& stream, int64_t elements) {
+          const int64_t next = index + ahead;
+          if (next >= all_tasks || rows_of(p.groups, next / tasks) == 0) return;
+          const int64_t column = next % tasks * step;
+          const MatrixRows<C> upcoming{weight + next / tasks * p.n * p.k, p.k};
+          stream.add(upcoming.region(column, smaller(step, p.n - column), 0, elements));
         },
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int i = 0; i < count; ++i) {
@@ -336,15 +423,12 @@ void grouped_matmul_dx(const GroupedMatmulDxParams& p) {
   auto* dx = static_cast<T*>(p.dx);
   float* const total = accumulator<C>(dx, p.groups.num_tokens * p.k);
   const ColumnShares<C> shares(p.k);
-  parallel_tasks(shares.count, [&](int64_t share) {
+  parallel_tasks(shares.count(), [&](int64_t share) {
     const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
     zero_columns<C>(total, p.groups.num_tokens, p.k, begin, end);
     accumulate_by_token<C>(
         p.groups, 0, p.groups.num_experts, begin, end, p.n, [&](int64_t r) { return dy + r * p.n; },
-        [&](int64_t e, int64_t column, int columns, int64_t n, int64_t elements, typename C::Word* panel) {
-          const T* matrix = weight + (e * p.n + n) * p.k + column;
-          pack_columns<C>([&](int64_t i) { return matrix + i * p.k; }, columns, elements, panel);
-        },
+        [&](int64_t e) { return MatrixColumns<C>{weight + e * p.n * p.k, p.k}; },
         [](int64_t) { return 1.0f; }, total, p.k);
     if constexpr (!std::is_same_v<T, float>) convert_columns<C>(total, dx, p.groups.num_tokens, p.k, begin, end);
   });

@@ -11,8 +11,9 @@
 namespace dynamic_moe {
 namespace {
 
-template <class T>
-struct TypeTag;
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kLineWords = 16;     // words in a cache line
+constexpr int64_t kPrefetchLines = 8;  // how far ahead of itself packing asks for a row
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -67,20 +68,76 @@ struct Config {
   }
 };
 
+// ---- what comes next ----------------------------------------------------------------------------------------------
+
+// `rows` stretches of row_bytes bytes, pitch_bytes apart.
+struct Region {
+  const char* base = nullptr;
+  int64_t rows = 0, row_bytes = 0, pitch_bytes = 0;
+
+  int64_t lines() const { return rows * divide_up(row_bytes, kLineBytes); }
+};
+
+// Brings the memory that will be packed next into the second-level cache while the present tiles are multiplied: a few
+// lines at each step of the multiplication, so that memory and arithmetic overlap.
+class Stream {
+ public:
+  static constexpr int kMostRegions = 2;
+
+  void add(const Region& region) {
+    if (count_ < kMostRegions && region.rows > 0) regions_[count_++] = region;
+  }
+  // `steps`: how often step() will be called before the memory is needed.
+  void start(int64_t steps) {
+    int64_t lines = 0;
+    for (int i = 0; i < count_; ++i) lines += regions_[i].lines();
+    lines_per_step_ = steps > 0 ? divide_up(lines, steps) : 0;
+  }
+  void step() {
+    for (int64_t i = 0; i < lines_per_step_; ++i) {
+      if (current_ == count_) return;
+      const Region& region = regions_[current_];
+      __builtin_prefetch(region.base + row_ * region.pitch_bytes + byte_, 0, 2);
+      byte_ += kLineBytes;
+      if (byte_ < region.row_bytes) continue;
+      byte_ = 0;
+      if (++row_ < region.rows) continue;
+      row_ = 0;
+      ++current_;
+    }
+  }
+
+ private:
+  Region regions_[kMostRegions];
+  int count_ = 0, current_ = 0;
+  int64_t lines_per_step_ = 0, row_ = 0, byte_ = 0;
+};
+
 // ---- the broadcast side -------------------------------------------------------------------------------------------
 
-// Row r of the tile lies at rows[r], words contiguous.
+// Row r of the tile lies at row[r], words contiguous. The rows are gathered, so the processor cannot guess where the
+// next tile's rows lie: while this one is multiplied, those are brought in from next[r] (null: nothing to bring).
 template <class C>
 struct RowsInPlace {
   const typename C::Word* row[C::kRows];
+  const typename C::Word* next[C::kRows];
+  Stream* stream;
   const typename C::Word* at(int r, int64_t k) const { return row[r] + k; }
+  void prefetch(int64_t k) const {
+    stream->step();
+    if (next[0] == nullptr) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < C::kRows; ++r) __builtin_prefetch(next[r] + k, 0, 2);
+  }
 };
 
 // The tile's rows are packed word by word: [words][kRows].
 template <class C>
 struct RowsPacked {
   const typename C::Word* data;
+  Stream* stream;
   const typename C::Word* at(int r, int64_t k) const { return data + k * C::kRows + r; }
+  void prefetch(int64_t) const { stream->step(); }
 };
 
 // ---- the tile -----------------------------------------------------------------------------------------------------
@@ -98,19 +155,23 @@ void multiply_tile(int64_t words, const Rows& rows, const typename C::Word* pane
       sum[r][v] = accumulate ? Simd::load(c + r * c_pitch + v * C::kLanes) : Simd::zero();
     }
   }
-  for (int64_t k = 0; k < words; ++k) {
-    const typename C::Word* step = panel + k * (kVectors * C::kLanes);
-    typename C::Vector b[kVectors];
+  for (int64_t line = 0; line < words; line += kLineWords) {
+    rows.prefetch(line);
+    const int64_t end = smaller(line + kLineWords, words);
+    for (int64_t k = line; k < end; ++k) {
+      const typename C::Word* step = panel + k * (kVectors * C::kLanes);
+      typename C::Vector b[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      b[v] = C::load_vector(step + v * C::kLanes);
-      if constexpr (C::kLanes == 16) __builtin_prefetch(step + (8 * kVectors + v) * C::kLanes);
-    }
+      for (int v = 0; v < kVectors; ++v) {
+        b[v] = C::load_vector(step + v * C::kLanes);
+        if constexpr (C::kLanes == 16) __builtin_prefetch(step + (8 * kVectors + v) * C::kLanes);
+      }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const typename C::Vector a = C::broadcast(rows.at(r, k));
+      for (int r = 0; r < kRows; ++r) {
+        const typename C::Vector a = C::broadcast(rows.at(r, k));
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = C::multiply_add(a, b[v], sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = C::multiply_add(a, b[v], sum[r][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -162,14 +223,17 @@ void pack_rows_as_columns(const typename C::T* matrix, int64_t pitch, int column
   constexpr int kLanes = C::kLanes;
   const int vectors = static_cast<int>(divide_up(columns, kLanes));
   const int64_t words = C::words(elements);
-  for (int64_t k = 0; k < words; k += kLanes) {
-    const int64_t left = elements - k * C::kPerWord;
-    for (int v = 0; v < vectors; ++v) {
+  for (int v = 0; v < vectors; ++v) {
+    const typename C::T* row[kLanes];
+    for (int n = 0; n < kLanes; ++n) row[n] = matrix + smaller(v * kLanes + n, columns - 1) * pitch;
+    for (int64_t k = 0; k < words; k += kLanes) {
+      const int64_t left = elements - k * C::kPerWord;
       typename Simd::Words block[kLanes];
 #pragma GCC unroll 16
       for (int n = 0; n < kLanes; ++n) {
-        const int64_t column = smaller(v * kLanes + n, columns - 1);
-        block[n] = load_row_words<C>(matrix + column * pitch + k * C::kPerWord, left);
+        const typename C::T* source = row[n] + k * C::kPerWord;
+        __builtin_prefetch(source + kPrefetchLines * kLineWords * C::kPerWord);
+        block[n] = load_row_words<C>(source, left);
       }
       Simd::transpose(block);
       typename C::Word* out = panel + (k * vectors + v) * kLanes;
@@ -247,6 +311,7 @@ RowsInPlace<C> broadcast_rows(const Row& row, int count, int64_t first_element, 
                               typename C::Word* space) {
   using Simd = typename C::Simd;
   RowsInPlace<C> rows;
+  for (int r = 0; r < C::kRows; ++r) rows.next[r] = nullptr;
   const bool in_place = C::kInPlace && elements % C::kPerWord == 0;
   const int64_t words = C::words(elements);
   for (int r = 0; r < C::kRows; ++r) {
