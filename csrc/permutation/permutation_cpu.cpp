@@ -1,123 +1,125 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "permutation/permutation.h"
-
+// Divides the work among threads and hands it to the level in use.
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
-#include "common/half.h"
+#include "common/isa.h"
 #include "common/parallel.h"
+#include "permutation/cpu_levels.h"
 
 namespace dynamic_moe {
 namespace {
 
-inline double to_float(double value) { return value; }
-using dynamic_moe::to_float;
+constexpr int64_t kSlotsPerBlock = 16384;              // fewer are not worth a thread
+constexpr int64_t kBytesPerTask = int64_t{256} << 10;  // of rows, in combine
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;  // results of this size leave the cache before they are read
+constexpr size_t kCacheLine = 64;
 
-template <class Out, class Real>
-Out from_real(Real value) {
-  if constexpr (std::is_same_v<Out, double>) {
-    return value;
-  } else {
-    return from_float<Out>(value);
+const PermutationKernels& kernels() {
+#ifdef __x86_64__
+  switch (current_isa()) {
+    case Isa::kAvx2:
+      return kPermutationAvx2;
+    case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
+    case Isa::kAmx:
+      return kPermutationAvx512;
+    case Isa::kScalar:
+      break;
   }
+#endif
+  return kPermutationScalar;
 }
 
-bool is_live(int32_t id, int32_t num_experts) { return static_cast<uint32_t>(id) < static_cast<uint32_t>(num_experts); }
+// A few blocks for each thread, so that a slow one can take fewer. The result is the same for any number of blocks.
+int64_t num_blocks(int64_t num_slots) {
+  const int64_t threads = num_threads();
+  return threads == 1 ? 1 : std::clamp<int64_t>(num_slots / kSlotsPerBlock, 1, 4 * threads);
+}
 
-template <class T, class Real>
-void combine(const CombineParams& p) {
-  const int64_t H = p.hidden_size, K = p.max_experts;
-  parallel_for(0, p.num_tokens, 16, [&](int64_t first, int64_t last) {
-    std::vector<Real> sum(H);
-    for (int64_t t = first; t < last; ++t) {
-      std::fill(sum.begin(), sum.end(), Real(0));
-      for (int64_t slot = t * K; slot < (t + 1) * K; ++slot) {
-        if (p.slot_row[slot] < 0) continue;
-        const T* row = static_cast<const T*>(p.rows) + p.slot_row[slot] * H;
-        const Real weight = p.weights ? static_cast<const Real*>(p.weights)[slot] : Real(1);
-        for (int64_t h = 0; h < H; ++h) sum[h] += weight * to_float(row[h]);
-      }
-      for (int64_t h = 0; h < H; ++h) static_cast<T*>(p.y)[t * H + h] = from_real<T>(sum[h]);
-    }
+int64_t block_begin(int64_t block, int64_t blocks, int64_t count) { return block * count / blocks; }
+
+// Live slots of each expert in each block of slots: [blocks][E].
+std::vector<int32_t> count_blocks(const int32_t* expert_ids, int64_t num_rows, int64_t slots_per_row, int64_t blocks,
+                                  int32_t num_experts) {
+  const PermutationKernels& level = kernels();
+  std::vector<int32_t> counts(static_cast<size_t>(blocks * num_experts));
+  parallel_tasks(blocks, [&](int64_t block) {
+    const int64_t begin = block_begin(block, blocks, num_rows) * slots_per_row;
+    const int64_t end = block_begin(block + 1, blocks, num_rows) * slots_per_row;
+    level.count(expert_ids + begin, end - begin, num_experts, counts.data() + block * num_experts);
+  });
+  return counts;
+}
+
+// run(task) for ranges of tokens that cover [0, num_tokens).
+template <class Run>
+void for_tokens(int64_t num_tokens, int32_t max_experts, int64_t bytes_per_token, bool stream, const Run& run) {
+  const int64_t tokens = std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_token));
+  parallel_tasks((num_tokens + tokens - 1) / tokens, [&](int64_t index) {
+    std::vector<int64_t> slots(2 * static_cast<size_t>(max_experts));
+    run(CombineTask{.begin = index * tokens,
+                    .end = std::min((index + 1) * tokens, num_tokens),
+                    .stream = stream,
+                    .slots = slots.data()});
   });
 }
 
-template <class T, class Real>
-void combine_backward(const CombineBackwardParams& p) {
-  const int64_t H = p.hidden_size, K = p.max_experts;
-  parallel_for(0, p.num_tokens, 16, [&](int64_t first, int64_t last) {
-    for (int64_t slot = first * K; slot < last * K; ++slot) {
-      const int64_t r = p.slot_row[slot];
-      if (r < 0) {
-        if (p.d_weights) static_cast<Real*>(p.d_weights)[slot] = 0;
-        continue;
-      }
-      const T* dy = static_cast<const T*>(p.dy) + slot / K * H;
-      if (p.d_rows) {
-        const Real weight = p.weights ? static_cast<const Real*>(p.weights)[slot] : Real(1);
-        for (int64_t h = 0; h < H; ++h) static_cast<T*>(p.d_rows)[r * H + h] = from_real<T>(weight * to_float(dy[h]));
-      }
-      if (p.d_weights) {
-        Real dot = 0;
-        for (int64_t h = 0; h < H; ++h) dot += to_float(dy[h]) * to_float(static_cast<const T*>(p.rows)[r * H + h]);
-        static_cast<Real*>(p.d_weights)[slot] = dot;
-      }
-    }
-  });
+bool is_streamed(const void* rows, int64_t total_bytes, int64_t row_bytes) {
+  return total_bytes >= kStreamedBytes && row_bytes % kCacheLine == 0 &&
+         reinterpret_cast<uintptr_t>(rows) % kCacheLine == 0;
 }
 
 }  // namespace
 
 void count_rows_cpu(const int32_t* expert_ids, int64_t num_slots, int32_t num_experts, int32_t* tokens_per_expert,
                     int32_t* expert_offsets) {
-  std::fill_n(tokens_per_expert, num_experts, 0);
-  for (int64_t slot = 0; slot < num_slots; ++slot) {
-    if (is_live(expert_ids[slot], num_experts)) ++tokens_per_expert[expert_ids[slot]];
-  }
+  const int64_t blocks = num_blocks(num_slots);
+  const std::vector<int32_t> counts = count_blocks(expert_ids, num_slots, 1, blocks, num_experts);
   expert_offsets[0] = 0;
-  for (int32_t e = 0; e < num_experts; ++e) expert_offsets[e + 1] = expert_offsets[e] + tokens_per_expert[e];
+  for (int32_t e = 0; e < num_experts; ++e) {
+    tokens_per_expert[e] = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      tokens_per_expert[e] += counts[static_cast<size_t>(block * num_experts + e)];
+    }
+    expert_offsets[e + 1] = expert_offsets[e] + tokens_per_expert[e];
+  }
 }
 
 void permute_cpu(const PermuteParams& p) {
-  std::vector<int32_t> next(p.expert_offsets, p.expert_offsets + p.num_experts);
-  for (int64_t t = 0; t < p.num_tokens; ++t) {
-    for (int32_t k = 0; k < p.max_experts; ++k) {
-      const int64_t slot = t * p.max_experts + k;
-      const int32_t id = p.expert_ids[slot];
-      p.slot_row[slot] = is_live(id, p.num_experts) ? next[id] : -1;
-      if (!is_live(id, p.num_experts)) continue;
-      p.row_token[next[id]] = static_cast<int32_t>(t);
-      p.row_slot[next[id]] = static_cast<int32_t>(slot);
-      ++next[id];
+  const PermutationKernels& level = kernels();
+  const int64_t blocks = std::min(num_blocks(p.num_tokens * p.max_experts), std::max<int64_t>(p.num_tokens, 1));
+  // Of the blocks' counts only their running sums matter: where in each expert's rows a block begins.
+  std::vector<int32_t> next(static_cast<size_t>(blocks * p.num_experts));
+  if (blocks > 1) next = count_blocks(p.expert_ids, p.num_tokens, p.max_experts, blocks, p.num_experts);
+  for (int32_t e = 0; e < p.num_experts; ++e) {
+    int32_t row = p.expert_offsets[e];
+    for (int64_t block = 0; block < blocks; ++block) {
+      const size_t i = static_cast<size_t>(block * p.num_experts + e);
+      const int32_t count = next[i];
+      next[i] = row;
+      row += count;
     }
   }
+  parallel_tasks(blocks, [&](int64_t block) {
+    level.permute(p, block_begin(block, blocks, p.num_tokens), block_begin(block + 1, blocks, p.num_tokens),
+                  next.data() + block * p.num_experts);
+  });
 }
 
 void combine_cpu(const CombineParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return combine<float, float>(p);
-    case DType::kFloat64:
-      return combine<double, double>(p);
-    case DType::kBFloat16:
-      return combine<BFloat16, float>(p);
-    case DType::kFloat16:
-      return combine<Float16, float>(p);
-  }
+  const PermutationKernels& level = kernels();
+  const int64_t row_bytes = p.hidden_size * static_cast<int64_t>(size_of(p.dtype));
+  for_tokens(p.num_tokens, p.max_experts, row_bytes, is_streamed(p.y, p.num_tokens * row_bytes, row_bytes),
+             [&](const CombineTask& task) { level.combine(p, task); });
 }
 
 void combine_backward_cpu(const CombineBackwardParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return combine_backward<float, float>(p);
-    case DType::kFloat64:
-      return combine_backward<double, double>(p);
-    case DType::kBFloat16:
-      return combine_backward<BFloat16, float>(p);
-    case DType::kFloat16:
-      return combine_backward<Float16, float>(p);
-  }
+  const PermutationKernels& level = kernels();
+  const int64_t row_bytes = p.hidden_size * static_cast<int64_t>(size_of(p.dtype));
+  // There are at least as many rows as tokens with an expert.
+  for_tokens(p.num_tokens, p.max_experts, row_bytes, is_streamed(p.d_rows, p.num_tokens * row_bytes, row_bytes),
+             [&](const CombineTask& task) { level.combine_backward(p, task); });
 }
 
 }  // namespace dynamic_moe
