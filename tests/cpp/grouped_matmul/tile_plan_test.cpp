@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plans are data; what every plan must hold whatever its numbers.
+#include "grouped_matmul/tile_plan.h"
+
+#include <gtest/gtest.h>
+
+namespace dynamic_moe {
+namespace {
+
+int lanes(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return 1;
+    case Isa::kAvx2:
+      return 8;
+    default:
+      return 16;
+  }
+}
+
+int registers(Isa isa) { return isa == Isa::kScalar || isa == Isa::kAvx2 ? 16 : 32; }
+
+template <class Check>
+void for_each_plan(const Check& check) {
+  for (const Isa isa : kAllIsas) {
+    for (const bool pairs : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << isa_name(isa) << (pairs ? ", pairs" : ""));
+      check(isa, tile_plan(isa, pairs));
+    }
+  }
+}
+
+TEST(TilePlan, LanesAreThoseOfTheVector) {
+  for_each_plan([](Isa isa, const TilePlan& plan) { EXPECT_EQ(plan.lanes, lanes(isa)); });
+}
+
+// Sums, one vector of each column and one broadcast word are live at once; a tile that does not fit spills.
+TEST(TilePlan, FitsTheRegisters) {
+  for_each_plan([](Isa isa, const TilePlan& plan) {
+    EXPECT_GE(plan.rows, 1);
+    EXPECT_GE(plan.vectors, 1);
+    EXPECT_LE(plan.rows * plan.vectors + plan.vectors + 1, registers(isa));
+  });
+}
+
+// A packed panel of the longest block stays in a second-level cache of 256 KiB, the smallest of any processor with
+// AVX2.
+TEST(TilePlan, LongestPanelFitsTheSecondLevelCache) {
+  for_each_plan([](Isa, const TilePlan& plan) {
+    EXPECT_LE(int64_t{4} * plan.block_words * plan.vectors * plan.lanes, 256 << 10);
+  });
+}
+
+TEST(TilePlan, BlocksHoldWholeVectorsOfWords) {
+  for_each_plan([](Isa, const TilePlan& plan) {
+    EXPECT_GT(plan.block_words, 0);
+    EXPECT_EQ(plan.block_words % plan.lanes, 0);
+    EXPECT_GE(plan.few_rows, 1);
+  });
+}
+
+TEST(TilePlan, PairsAreMultipliedWhereTheProcessorCanAndForBFloat16Only) {
+  for (const Isa isa : kAllIsas) {
+    const bool can = isa == Isa::kAvx512Bf16 || isa == Isa::kAmx;
+    EXPECT_EQ(multiplies_pairs(isa, DType::kBFloat16), can);
+    for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16}) {
+      EXPECT_FALSE(multiplies_pairs(isa, dtype));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dynamic_moe
