@@ -69,7 +69,7 @@ def prepare(given: dict[str, Any], console: Console) -> tuple[Settings, dict[str
     if folder.exists():
         old = next(path for i in range(1, sys.maxsize) if not (path := folder.with_name(f"{folder.name}.{i}")).exists())
         folder.rename(old)
-        console.print(f"The earlier run {folder} is now {old}.", highlight=False)
+        console.print(f"The earlier run {folder} is now {old}.", highlight=False, soft_wrap=True)
     folder.mkdir(parents=True)
     return settings, None
 
@@ -112,7 +112,7 @@ def train(trainer: Trainer, console: Console) -> bool:
         trainer.run(after_step)
         log.close()
     if stop.requested:
-        console.print("Stopped. The checkpoint and the report are being written; --resume goes on from here.")
+        console.print("Stopped. Writing the checkpoint and the report; --resume goes on from here.", soft_wrap=True)
     return trainer.progress >= 1
 
 

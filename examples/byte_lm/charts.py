@@ -49,7 +49,8 @@ class Axis:
     def __call__(self, value: float) -> float:
         """Return the pixel of a value."""
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * (value - low) / (high - low)
+        part = (value - low) / (high - low) if high > low else 0.0
+        return self.start + (self.end - self.start) * part
 
 
 def line_chart(
