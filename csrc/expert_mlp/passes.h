@@ -24,6 +24,18 @@ inline float weight_of_row(const int32_t* row_slot, const void* expert_weights, 
   return static_cast<const float*>(expert_weights)[row_slot[row]];
 }
 
+// The panels of the gate's columns, then those of up's: the same columns, I further on.
+template <class C>
+Panels<C> gate_and_up(const Panels<C>& gate, int64_t intermediate_size) {
+  Panels<C> both = gate;
+  both.count = 2 * gate.count;
+  for (int p = 0; p < gate.count; ++p) {
+    both.column[gate.count + p] = intermediate_size + gate.column[p];
+    both.start[gate.count + p + 1] = gate.width() + gate.start[p + 1];
+  }
+  return both;
+}
+
 // activation[row - first chunk row] = silu(g) u for the chunk's experts; writes the pre-activation where wanted.
 template <class C>
 void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C::T* activation) {
@@ -41,46 +53,29 @@ void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C:
     const int64_t e = e0 + index / tasks, n = index % tasks * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
-    const Panels<C> half = cut_into_panels<C>(n, i, static_cast<int>(pairs));
-    Panels<C> panels{n, 2 * half.count, {}};  // gate 0, up 0, gate 1, up 1, ...
-    for (int panel = 0; panel < panels.count; ++panel) {
-      panels.start[panel + 1] = panels.start[panel] + half.columns(panel / 2);
-    }
-    const MatrixRows<C> gate{weight + (e * 2 * i + n) * h, h};
+    const Panels<C> gate = cut_into_panels<C>(n, i, static_cast<int>(pairs));
     multiply_block<C>(
-        rows_of(p.groups, e), panels, h,
+        rows_of(p.groups, e), gate_and_up(gate, i), h,
         [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * h; },
-        [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
-          gate.pack(half.start[panel / 2] + panel % 2 * i, panels.columns(panel), k, elements, out);
-        },
-        [&](Stream& stream, int64_t k, int64_t elements) {
-          stream.add(gate.region(0, half.start[half.count], k, elements));
-          stream.add(gate.region(i, half.start[half.count], k, elements));
-        },
-        [&](Stream& stream, int64_t elements) {
-          const int64_t next = index + ahead, column = next % tasks * step;
-          if (next >= all_tasks || rows_of(p.groups, e0 + next / tasks) == 0) return;
-          const MatrixRows<C> upcoming{weight + ((e0 + next / tasks) * 2 * i + column) * h, h};
-          stream.add(upcoming.region(0, smaller(step, i - column), 0, elements));
-          stream.add(upcoming.region(i, smaller(step, i - column), 0, elements));
+        MatrixRows<C>{weight + e * 2 * i * h, h},
+        [&]() -> Upcoming<C, MatrixRows<C>> {
+          const int64_t next = index + ahead, expert = e0 + next / tasks;
+          if (next >= all_tasks || rows_of(p.groups, expert) == 0) return {{}, {weight, h}};
+          return {gate_and_up(cut_into_panels<C>(next % tasks * step, i, static_cast<int>(pairs)), i),
+                  {weight + expert * 2 * i * h, h}};
         },
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int row = 0; row < count; ++row, sums += pitch) {
             T* out = activation + (first_row - chunk_row + r + row) * i + n;
             T* kept = pre_activation == nullptr ? nullptr : pre_activation + (first_row + r + row) * 2 * i + n;
-            for (int pair = 0; pair < half.count; ++pair) {
-              const float* gates = sums + 2 * pair * C::kColumns;
-              for (int within = 0; within < half.columns(pair); within += C::kLanes) {
-                const int column = half.start[pair] + within;
-                const int width = static_cast<int>(smaller(C::kLanes, half.columns(pair) - within));
-                const typename Simd::Floats gate = Simd::load(gates + within);
-                const typename Simd::Floats up = Simd::load(gates + C::kColumns + within);
-                store_some<C>(out + column, swiglu<Simd>(gate, up), width);
-                if (kept == nullptr) continue;
-                store_some<C>(kept + column, gate, width);
-                store_some<C>(kept + i + column, up, width);
-              }
-            }
+            const float* up_sums = sums + gate.count * C::kColumns;
+            for_each_vector<C>(gate, sums, [&](typename Simd::Floats g, int column, int width, int64_t place) {
+              const typename Simd::Floats u = Simd::load(up_sums + place);
+              store_some<C>(out + column, swiglu<Simd>(g, u), width);
+              if (kept == nullptr) return;
+              store_some<C>(kept + column, g, width);
+              store_some<C>(kept + i + column, u, width);
+            });
           }
         });
   });
@@ -138,22 +133,16 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
     const int64_t e = e0 + index / tasks, block = index % tasks, n = block * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
-    const Panels<C> panels = cut_into_panels<C>(n, i, static_cast<int>(step / C::kColumns));
-    const MatrixColumns<C> matrix{down + e * h * i + n, i};
+    const int most = static_cast<int>(step / C::kColumns);
+    const Panels<C> panels = cut_into_panels<C>(n, i, most);
     multiply_block<C>(
         rows_of(p.groups, e), panels, h,
         [&](int64_t r) { return dy + token_of_row(p.groups, first_row + r) * h; },
-        [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
-          matrix.pack(panels.start[panel], panels.columns(panel), k, elements, out);
-        },
-        [&](Stream& stream, int64_t k, int64_t elements) {
-          stream.add(matrix.region(0, panels.start[panels.count], k, elements));
-        },
-        [&](Stream& stream, int64_t elements) {
-          const int64_t next = index + ahead, column = next % tasks * step;
-          if (next >= all_tasks || rows_of(p.groups, e0 + next / tasks) == 0) return;
-          const MatrixColumns<C> upcoming{down + (e0 + next / tasks) * h * i + column, i};
-          stream.add(upcoming.region(0, smaller(step, i - column), 0, elements));
+        MatrixColumns<C>{down + e * h * i, i},
+        [&]() -> Upcoming<C, MatrixColumns<C>> {
+          const int64_t next = index + ahead, expert = e0 + next / tasks;
+          if (next >= all_tasks || rows_of(p.groups, expert) == 0) return {{}, {down, i}};
+          return {cut_into_panels<C>(next % tasks * step, i, most), {down + expert * h * i, i}};
         },
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int row = 0; row < count; ++row, sums += pitch) {
@@ -164,7 +153,7 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
             T* d_gate = chunk.d_pre_activation + local * 2 * i + n;
             T* scaled = chunk.scaled_activation + local * i + n;
             typename Simd::Floats dot = Simd::zero();
-            for_each_vector<C>(panels, sums, [&](typename Simd::Floats d_scaled, int column, int width) {
+            for_each_vector<C>(panels, sums, [&](typename Simd::Floats d_scaled, int column, int width, int64_t) {
               const SwigluGradient<Simd> gradient(load_some<C>(gate + column, width),
                                                   load_some<C>(gate + i + column, width),
                                                   Simd::mul(d_scaled, scale));

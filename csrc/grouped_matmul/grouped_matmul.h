@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Grouped matmul: the rows of expert e (expert_offsets[e] to expert_offsets[e + 1]) times expert e's matrix. Groups are
-// ragged and may be empty; nothing is padded. Sums are float32 (float64 for float64) and run over the inner index in
-// ascending order for every element, so results do not depend on the number of threads.
+// ragged and may be empty; nothing is padded. Sums are float32 (float64 for float64); the order of each depends on the
+// sizes and on the group's number of rows alone, so results are the same bit for bit whatever the number of threads.
 #pragma once
 
 #include "common/types.h"

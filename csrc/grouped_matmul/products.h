@@ -17,28 +17,31 @@ namespace {
 
 constexpr int kMostPanels = 16;           // panels that a task packs at once
 constexpr int64_t kPanelBytes = 400000;  // of the second-level cache that packed panels may take
+constexpr int kMostFewRows = 32;         // no level's few_rows exceeds this
 constexpr int64_t kRowBlock = 512;       // rows whose partial sums are kept while the inner dimension is walked
 
-// Columns [first, first + columns) of a product, cut into panels.
+// Some columns of a matrix, cut into panels: panel p holds those from column[p] on.
 template <class C>
 struct Panels {
-  int64_t first;
-  int count;
-  int start[kMostPanels + 1];  // relative to `first`
+  int count = 0;
+  int64_t column[kMostPanels];
+  int start[kMostPanels + 1] = {};  // columns in the panels before p
 
   int columns(int p) const { return start[p + 1] - start[p]; }
   int vectors(int p) const { return static_cast<int>(divide_up(columns(p), C::kLanes)); }
+  int width() const { return start[count]; }
 };
 
-// At most `most` panels from `first` on, of equal width up to a vector.
+// At most `most` panels of the columns [first, end), of equal width up to a vector.
 template <class C>
 Panels<C> cut_into_panels(int64_t first, int64_t end, int most) {
-  Panels<C> panels{first, 0, {}};
+  Panels<C> panels;
   const int64_t columns = smaller(end - first, static_cast<int64_t>(most) * C::kColumns);
   const int64_t vectors = divide_up(columns, C::kLanes);
   panels.count = static_cast<int>(divide_up(vectors, C::kVectors));
   for (int p = 0; p <= panels.count; ++p) {
     panels.start[p] = static_cast<int>(smaller(vectors * p / panels.count * C::kLanes, columns));
+    if (p < panels.count) panels.column[p] = first + panels.start[p];
   }
   return panels;
 }
@@ -50,6 +53,13 @@ int panels_at_once(int64_t elements) {
   const int64_t bytes = words * C::kColumns * static_cast<int64_t>(sizeof(typename C::Word));
   const int64_t fit = bytes > 0 ? kPanelBytes / bytes : kMostPanels;
   return static_cast<int>(fit < 1 ? 1 : smaller(fit, kMostPanels));
+}
+
+// Panels that a task packs: as many as fit the cache, but not so many that threads would wait for work.
+template <class C>
+int column_panels_at_once(int64_t inner, int64_t columns, int64_t experts) {
+  const int64_t fair = experts * divide_up(columns, C::kColumns) / (8 * static_cast<int64_t>(num_threads()));
+  return static_cast<int>(fair < 1 ? 1 : smaller(fair, panels_at_once<C>(inner)));
 }
 
 // Splits `elements` into equal blocks of at most block_words words; a block holds whole words.
@@ -66,49 +76,114 @@ struct InnerBlocks {
   int64_t size(int64_t b) const { return begin(b + 1) - begin(b); }
 };
 
-// Where multiply_block's panels come from: a matrix whose rows are the product's columns (y = W x) ...
+// The matrix of multiply_block. Its columns are the rows of storage (y = W x) ...
 template <class C>
 struct MatrixRows {
-  const typename C::T* matrix;  // row of the panels' first column, inner element 0
+  const typename C::T* data;
   int64_t pitch;
 
   void pack(int64_t column, int columns, int64_t k, int64_t elements, typename C::Word* panel) const {
-    pack_rows_as_columns<C>(matrix + column * pitch + k, pitch, columns, elements, panel);
+    pack_rows_as_columns<C>(data + column * pitch + k, pitch, columns, elements, panel);
   }
   Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
-    return {reinterpret_cast<const char*>(matrix + column * pitch + k), columns,
+    return {reinterpret_cast<const char*>(data + column * pitch + k), columns,
             elements * static_cast<int64_t>(sizeof(typename C::T)), pitch * static_cast<int64_t>(sizeof(typename C::T))};
   }
 };
 
-// ... or one whose columns are (x = W^T y).
+// ... or the columns of storage (x = W^T y).
 template <class C>
 struct MatrixColumns {
-  const typename C::T* matrix;
+  const typename C::T* data;
   int64_t pitch;
 
   void pack(int64_t column, int columns, int64_t k, int64_t elements, typename C::Word* panel) const {
-    const typename C::T* corner = matrix + k * pitch + column;
+    const typename C::T* corner = data + k * pitch + column;
     pack_columns<C>([&](int64_t i) { return corner + i * pitch; }, columns, elements, panel);
   }
   Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
-    return {reinterpret_cast<const char*>(matrix + k * pitch + column), elements,
+    return {reinterpret_cast<const char*>(data + k * pitch + column), elements,
             columns * static_cast<int64_t>(sizeof(typename C::T)), pitch * static_cast<int64_t>(sizeof(typename C::T))};
   }
 };
 
-// Panels that a task packs: as many as fit the cache, but not so many that threads would wait for work.
+template <class Matrix>
+constexpr bool kReadsAlongRows = false;
 template <class C>
-int column_panels_at_once(int64_t inner, int64_t columns, int64_t experts) {
-  const int64_t fair = experts * divide_up(columns, C::kColumns) / (8 * static_cast<int64_t>(num_threads()));
-  return static_cast<int>(fair < 1 ? 1 : smaller(fair, panels_at_once<C>(inner)));
+constexpr bool kReadsAlongRows<MatrixRows<C>> = true;
+
+// What a thread will multiply after the present block.
+template <class C, class Matrix>
+struct Upcoming {
+  Panels<C> panels;
+  Matrix matrix;
+};
+
+// Adds the storage of the panels' columns, inner elements [k, k + elements), to the stream.
+template <class C, class Matrix>
+void add_regions(Stream& stream, const Matrix& matrix, const Panels<C>& panels, int64_t k, int64_t elements) {
+  for (int p = 0, end; p < panels.count; p = end) {
+    for (end = p + 1; end < panels.count && panels.column[end] == panels.column[end - 1] + panels.columns(end - 1);) ++end;
+    stream.add(matrix.region(panels.column[p], panels.start[end] - panels.start[p], k, elements));
+  }
 }
 
-// rows x panels. row(r) is the storage of row r. pack(p, k, elements, panel) packs `elements` inner elements from k on,
-// regions(stream, k, elements) tells where all of them lie, after(stream, elements) what the caller will pack next. emit(r, count, sums, pitch) receives `count` finished rows: panel p's columns start at sums + p * C::kColumns.
-template <class C, class Row, class Pack, class Regions, class After, class Emit>
-void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const Row& row, const Pack& pack,
-                    const Regions& regions, const After& after, const Emit& emit) {
+// multiply_block for few rows, which are not worth packing the matrix.
+template <class C, class Row, class Emit>
+void multiply_few_rows(int64_t rows, const Panels<C>& panels, int64_t inner, const Row& row,
+                       const MatrixRows<C>& matrix, const typename C::T* after, const Emit& emit) {
+  using T = typename C::T;
+  const int64_t pitch = static_cast<int64_t>(panels.count) * C::kColumns;
+  float* const sums = scratch<float>(Scratch::kTile, rows * pitch + kDotColumns);
+  const T* row_data[kMostFewRows];
+  for (int64_t r = 0; r < rows; ++r) row_data[r] = row(r);
+  const int64_t groups = divide_up(rows, kDotRows);
+  for (int p = 0; p < panels.count; ++p) {
+    const T* const first = matrix.data + panels.column[p] * matrix.pitch;
+    const T* const next_panel = p + 1 < panels.count ? matrix.data + panels.column[p + 1] * matrix.pitch : after;
+    const int columns = panels.columns(p);
+    for (int n = 0; n < columns;) {
+      // The last columns are read together with some before them, so that all tiles have one width.
+      const int start = columns - n >= kDotColumns ? n : (columns >= kDotColumns ? columns - kDotColumns : 0);
+      const T* const weights = first + start * matrix.pitch;
+      const T* const upcoming = start + 2 * kDotColumns <= columns ? weights + kDotColumns * matrix.pitch
+                                : next_panel != nullptr            ? next_panel
+                                                                   : weights;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t from = rows * g / groups;
+        const int count = static_cast<int>(rows * (g + 1) / groups - from);
+        float* const out = sums + from * pitch + p * C::kColumns + start;
+        if (columns >= kDotColumns) {
+          dot_function<C>(count)(inner, row_data + from, weights, matrix.pitch, upcoming, out, pitch);
+          continue;
+        }
+        for (int column = 0; column < columns; ++column) {  // narrower than a tile: repeat one column
+          float repeated[kDotRows * kDotColumns];
+          dot_function<C>(count)(inner, row_data + from, weights + column * matrix.pitch, 0,
+                                 weights + column * matrix.pitch, repeated, kDotColumns);
+          for (int r = 0; r < count; ++r) out[r * pitch + column] = repeated[r * kDotColumns];
+        }
+      }
+      n = start + kDotColumns;
+    }
+  }
+  emit(0, static_cast<int>(rows), sums, pitch);
+}
+
+// rows x panels. row(r) is the storage of row r; after() gives the panels and the matrix that this thread will likely
+// multiply next (no panels: unknown). emit(r, count, sums, pitch) receives `count` finished rows: panel p's columns start
+// at sums + p * C::kColumns.
+template <class C, class Row, class Matrix, class After, class Emit>
+void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const Row& row, const Matrix& matrix,
+                    const After& after, const Emit& emit) {
+  if constexpr (kReadsAlongRows<Matrix>) {
+    if (rows <= C::kPlan.few_rows) {
+      const Upcoming<C, Matrix> next = after();
+      const typename C::T* start =
+          next.panels.count > 0 ? next.matrix.data + next.panels.column[0] * next.matrix.pitch : nullptr;
+      return multiply_few_rows<C>(rows, panels, inner, row, matrix, start, emit);
+    }
+  }
   using Word = typename C::Word;
   const InnerBlocks<C> blocks(inner);
   const int64_t pitch = static_cast<int64_t>(panels.count) * C::kColumns;
@@ -126,14 +201,17 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
     for (int64_t b = 0; b < blocks.count; ++b) {
       const bool last = b + 1 == blocks.count;
       const int64_t words = C::words(blocks.size(b));
-      for (int p = 0; p < panels.count; ++p) pack(p, blocks.begin(b), blocks.size(b), packed + p * panel_words);
+      for (int p = 0; p < panels.count; ++p) {
+        matrix.pack(panels.column[p], panels.columns(p), blocks.begin(b), blocks.size(b), packed + p * panel_words);
+      }
       Stream stream;
       if (!last) {
-        regions(stream, blocks.begin(b + 1), blocks.size(b + 1));
+        add_regions<C>(stream, matrix, panels, blocks.begin(b + 1), blocks.size(b + 1));
       } else if (first_row + row_block < rows) {
-        regions(stream, 0, blocks.size(0));
+        add_regions<C>(stream, matrix, panels, 0, blocks.size(0));
       } else {
-        after(stream, blocks.size(0));
+        const Upcoming<C, Matrix> next = after();
+        add_regions<C>(stream, next.matrix, next.panels, 0, blocks.size(0));
       }
       stream.start(groups * panels.count * divide_up(words, kLineWords));
       for (int64_t g = 0; g < groups; ++g) {
@@ -162,13 +240,15 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
   }
 }
 
-// Calls body(v, sums, column, count) for each vector of a row of emitted sums: `count` columns from first + column on.
+// Calls body(v, column, count, place) for each vector of a row of emitted sums: `count` columns from `column` on, counted
+// from the first panel's first; `place` is where in the row of sums they lie.
 template <class C, class Body>
 void for_each_vector(const Panels<C>& panels, const float* sums, const Body& body) {
   for (int p = 0; p < panels.count; ++p) {
     for (int n = 0; n < panels.columns(p); n += C::kLanes) {
       const int count = static_cast<int>(smaller(C::kLanes, panels.columns(p) - n));
-      body(C::Simd::load(sums + p * C::kColumns + n), panels.start[p] + n, count);
+      const int64_t place = static_cast<int64_t>(p) * C::kColumns + n;
+      body(C::Simd::load(sums + place), panels.start[p] + n, count, place);
     }
   }
 }
@@ -231,32 +311,26 @@ void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_
   for (int64_t e = e0; e < e1; ++e) {
     const int64_t first_row = groups.expert_offsets[e];
     const auto matrix = source(e);
+    if (rows_of(groups, e) == 0) continue;
     for (int64_t n = begin; n < end;) {
       const Panels<C> panels = cut_into_panels<C>(n, end, most);
-      const int width = panels.start[panels.count];
       multiply_block<C>(
-          rows_of(groups, e), panels, inner, [&](int64_t r) { return row(first_row + r); },
-          [&](int p, int64_t k, int64_t elements, typename C::Word* panel) {
-            matrix.pack(n + panels.start[p], panels.columns(p), k, elements, panel);
-          },
-          [&](Stream& stream, int64_t k, int64_t elements) { stream.add(matrix.region(n, width, k, elements)); },
-          [&](Stream& stream, int64_t elements) {
-            if (n + width < end) {
-              stream.add(matrix.region(n + width, smaller(width, end - n - width), 0, elements));
-            } else if (e + 1 < e1) {
-              stream.add(source(e + 1).region(begin, cut_into_panels<C>(begin, end, most).start[1], 0, elements));
-            }
+          rows_of(groups, e), panels, inner, [&](int64_t r) { return row(first_row + r); }, matrix,
+          [&]() -> Upcoming<C, decltype(source(e))> {
+            if (n + panels.width() < end) return {cut_into_panels<C>(n + panels.width(), end, most), matrix};
+            if (e + 1 < e1) return {cut_into_panels<C>(begin, end, most), source(e + 1)};
+            return {{}, matrix};
           },
           [&](int64_t r, int count, const float* sums, int64_t pitch) {
             for (int i = 0; i < count; ++i) {
               float* out = total + token_of_row(groups, first_row + r + i) * total_pitch + n;
               const typename Simd::Floats factor = Simd::broadcast(scale(first_row + r + i));
-              for_each_vector<C>(panels, sums + i * pitch, [&](typename Simd::Floats v, int column, int columns) {
+              for_each_vector<C>(panels, sums + i * pitch, [&](typename Simd::Floats v, int column, int columns, int64_t) {
                 store_some<C>(out + column, Simd::fma(v, factor, load_some<C>(out + column, columns)), columns);
               });
             }
           });
-      n += width;
+      n += panels.width();
     }
   }
 }
@@ -318,7 +392,7 @@ void outer_products(int64_t rows, int n_count, int64_t width, const RowA& a, con
         if (block + 1 < blocks.count) continue;
         for (int i = 0; i < C::kRows && n + i < n_count; ++i) {
           typename C::T* const target = out + (n + i) * pitch + h;
-          for_each_vector<C>(panels, c + i * C::kColumns, [&](typename C::Simd::Floats v, int column, int count) {
+          for_each_vector<C>(panels, c + i * C::kColumns, [&](typename C::Simd::Floats v, int column, int count, int64_t) {
             store_some<C>(target + column, v, count);
           });
         }
@@ -386,28 +460,21 @@ void grouped_matmul(const GroupedMatmulParams& p) {
     const int64_t e = index / tasks, n = index % tasks * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
-    const Panels<C> panels = cut_into_panels<C>(n, p.n, static_cast<int>(step / C::kColumns));
-    const MatrixRows<C> matrix{weight + (e * p.n + n) * p.k, p.k};
+    const auto block = [&](int64_t task) -> Upcoming<C, MatrixRows<C>> {
+      const int64_t expert = task / tasks;
+      if (task >= all_tasks || rows_of(p.groups, expert) == 0) return {{}, {weight, p.k}};
+      return {cut_into_panels<C>(task % tasks * step, p.n, static_cast<int>(step / C::kColumns)),
+              {weight + expert * p.n * p.k, p.k}};
+    };
+    const Upcoming<C, MatrixRows<C>> current = block(index);
     multiply_block<C>(
-        rows_of(p.groups, e), panels, p.k,
-        [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * p.k; },
-        [&](int panel, int64_t k, int64_t elements, typename C::Word* out) {
-          matrix.pack(panels.start[panel], panels.columns(panel), k, elements, out);
-        },
-        [&](Stream& stream, int64_t k, int64_t elements) {
-          stream.add(matrix.region(0, panels.start[panels.count], k, elements));
-        },
-        [&](Stream& stream, int64_t elements) {
-          const int64_t next = index + ahead;
-          if (next >= all_tasks || rows_of(p.groups, next / tasks) == 0) return;
-          const int64_t column = next % tasks * step;
-          const MatrixRows<C> upcoming{weight + next / tasks * p.n * p.k, p.k};
-          stream.add(upcoming.region(column, smaller(step, p.n - column), 0, elements));
-        },
+        rows_of(p.groups, e), current.panels, p.k,
+        [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * p.k; }, current.matrix,
+        [&] { return block(index + ahead); },
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int i = 0; i < count; ++i) {
             T* out = y + (first_row + r + i) * p.n + n;
-            for_each_vector<C>(panels, sums + i * pitch, [&](typename C::Simd::Floats v, int column, int width) {
+            for_each_vector<C>(current.panels, sums + i * pitch, [&](typename C::Simd::Floats v, int column, int width, int64_t) {
               store_some<C>(out + column, v, width);
             });
           }

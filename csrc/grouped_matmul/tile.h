@@ -113,6 +113,28 @@ class Stream {
   int64_t lines_per_step_ = 0, row_ = 0, byte_ = 0;
 };
 
+// One vector of words of a row, from storage of any type.
+template <class C>
+typename C::Vector load_elements(const typename C::T* p) {
+  if constexpr (C::kPairs) {
+    return C::Simd::load_words(p);
+  } else {
+    return C::Simd::load(p);
+  }
+}
+
+// The same where only `count` elements, fewer than a vector, exist; the rest are zero.
+template <class C>
+typename C::Vector load_last_elements(const typename C::T* p, int64_t count) {
+  if constexpr (C::kPairs) {
+    typename C::T whole[C::kLanes * C::kPerWord] = {};
+    __builtin_memcpy(whole, p, static_cast<size_t>(count) * sizeof(whole[0]));
+    return C::Simd::load_words(whole);
+  } else {
+    return C::Simd::load_first(p, static_cast<int>(count));
+  }
+}
+
 // ---- the broadcast side -------------------------------------------------------------------------------------------
 
 // Row r of the tile lies at row[r], words contiguous. The rows are gathered, so the processor cannot guess where the
@@ -196,21 +218,79 @@ TileFunction<C, Rows> tile_function(int rows, int vectors) {
   return multiply_tile<C, Rows, kRows, kVectors>;
 }
 
+// ---- few rows -----------------------------------------------------------------------------------------------------
+
+// A group of few rows uses each weight a few times only: reading the weights is all the work, so they are read once,
+// in place, along the inner dimension, and each output is a dot product.
+
+constexpr int kDotColumns = 4;  // weights' rows that are read side by side
+constexpr int kDotRows = 6;     // tokens' rows that share them
+
+// sums[r * pitch + n] = row[r] . (weights + n * weights_pitch) for n < kDotColumns; the same place of `upcoming`, which
+// will be read next, is brought in meanwhile.
+template <class C, int kRows>
+void dot_tile(int64_t elements, const typename C::T* const* row, const typename C::T* weights, int64_t weights_pitch,
+              const typename C::T* upcoming, float* sums, int64_t pitch) {
+  using Simd = typename C::Simd;
+  constexpr int kStep = C::kLanes * C::kPerWord;
+  typename Simd::Floats sum[kRows][kDotColumns];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kDotColumns; ++n) sum[r][n] = Simd::zero();
+  }
+  int64_t k = 0;
+  for (; k + kStep <= elements; k += kStep) {
+    typename C::Vector w[kDotColumns];
+#pragma GCC unroll 4
+    for (int n = 0; n < kDotColumns; ++n) {
+      w[n] = load_elements<C>(weights + n * weights_pitch + k);
+      __builtin_prefetch(upcoming + n * weights_pitch + k, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename C::Vector x = load_elements<C>(row[r] + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < kDotColumns; ++n) sum[r][n] = C::multiply_add(x, w[n], sum[r][n]);
+    }
+  }
+  if (k < elements) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kDotColumns; ++n) {
+      const typename C::Vector w = load_last_elements<C>(weights + n * weights_pitch + k, elements - k);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        sum[r][n] = C::multiply_add(load_last_elements<C>(row[r] + k, elements - k), w, sum[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) Simd::store_sums(sums + r * pitch, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+}
+
+template <class C>
+using DotFunction = void (*)(int64_t, const typename C::T* const*, const typename C::T*, int64_t,
+                             const typename C::T*, float*, int64_t);
+
+template <class C, int kRows = kDotRows>
+DotFunction<C> dot_function(int rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return dot_function<C, kRows - 1>(rows);
+  }
+  return dot_tile<C, kRows>;
+}
+
 // ---- packing ------------------------------------------------------------------------------------------------------
 
 // One vector of words of the elements p[0], p[1], ... of which only the first `count` exist; the rest are zero.
 template <class C>
 typename C::Simd::Words load_row_words(const typename C::T* p, int64_t count) {
-  using Simd = typename C::Simd;
-  constexpr int kElements = C::kLanes * C::kPerWord;
+  const typename C::Vector v =
+      count >= C::kLanes * C::kPerWord ? load_elements<C>(p) : load_last_elements<C>(p, count > 0 ? count : 0);
   if constexpr (C::kPairs) {
-    if (count >= kElements) return Simd::load_words(p);
-    typename C::T whole[kElements] = {};
-    if (count > 0) __builtin_memcpy(whole, p, static_cast<size_t>(count) * sizeof(whole[0]));
-    return Simd::load_words(whole);
+    return v;
   } else {
-    if (count >= kElements) return Simd::as_words(Simd::load(p));
-    return Simd::as_words(Simd::load_first(p, count > 0 ? static_cast<int>(count) : 0));
+    return C::Simd::as_words(v);
   }
 }
 

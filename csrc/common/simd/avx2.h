@@ -68,6 +68,12 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 
+  // The four sums side by side.
+  static void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  }
+
   // 8 rows of 8 words, in place.
   static void transpose(Words (&r)[8]) {
     Words t[8];

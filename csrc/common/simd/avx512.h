@@ -53,6 +53,17 @@ struct Avx512 {
   static Floats scale_by_power_of_two(Floats a, Floats exponent) { return _mm512_scalef_ps(a, exponent); }
   static float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 
+  // The four sums side by side.
+  static void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+  }
+
   // [low[0], high[0]], [low[1], high[1]], ... of 16 bfloat16 each: one 32-bit word per column.
   static Words pair(const BFloat16* low, const BFloat16* high) {
     return pair_words(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)),

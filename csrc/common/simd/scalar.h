@@ -54,6 +54,13 @@ struct ScalarLane {
   static Floats scale_by_power_of_two(Floats a, Floats exponent) { return std::ldexp(a, static_cast<int>(exponent)); }
   static float sum(Floats a) { return a; }
 
+  static void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
+    p[0] = a;
+    p[1] = b;
+    p[2] = c;
+    p[3] = d;
+  }
+
   static void transpose(Words (&)[1]) {}
   static Words as_words(Floats v) { return std::bit_cast<uint32_t>(v); }
 };
