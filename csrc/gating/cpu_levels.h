@@ -18,6 +18,8 @@ struct GatingChunk {
   int64_t begin, end;  // tokens; begin is a multiple of kTokensPerChunk
   // Adds of how many standard deviations of log P below its mean, weighted by P, the experts worth sorting may lie.
   float spread;
+  // Write around the cache: the buffer is too large to stay in it, and its rows are whole cache lines.
+  bool stream_selection, stream_probabilities;
   int32_t* tokens_per_expert;  // [E] of this chunk, zeroed
   double* probability_sum;     // [E] of this chunk, zeroed
   char* scratch;               // forward_scratch_bytes(), 64-byte aligned
@@ -38,8 +40,9 @@ constexpr int kMostLanes = 16;
 constexpr int64_t padded(int64_t count) { return (count + kMostLanes - 1) / kMostLanes * kMostLanes + kMostLanes; }
 
 constexpr size_t forward_scratch_bytes(int64_t num_experts) {
-  // Keys (8 bytes), candidates and the selection by rank (2 * 4 bytes each), for every lane; one row of sums.
-  return static_cast<size_t>(padded(num_experts)) * (kMostLanes * (8 + 8 + 8) + 4);
+  // Keys (8 bytes), candidates and the selection by rank (2 * 4 bytes each), exponentials (4 bytes), for every lane;
+  // one row of sums.
+  return static_cast<size_t>(padded(num_experts)) * (kMostLanes * (8 + 8 + 8 + 4) + 4);
 }
 
 constexpr int64_t backward_scratch_floats(int64_t num_experts) { return kMostLanes * padded(num_experts); }

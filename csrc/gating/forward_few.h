@@ -59,7 +59,7 @@ struct ForwardFew {
   }
 
   static void write_probabilities(const GatingParams& p, const Group<L>& group, const Floats (&x)[kExperts],
-                                  float* column_sum) {
+                                  bool stream, float* column_sum) {
     float* first = static_cast<float*>(p.probabilities) + group.first_token * p.num_experts;
     for (int column = 0; column < kColumns; ++column) {
       Floats rows[L::kLanes];
@@ -73,7 +73,9 @@ struct ForwardFew {
         if (lane >= group.count) break;
         sum = L::add(sum, rows[lane]);
         float* row = first + lane * p.num_experts + column * L::kLanes;
-        if (width == L::kLanes) {
+        if (stream) {
+          L::stream(row, rows[lane]);
+        } else if (width == L::kLanes) {
           L::store(row, rows[lane]);
         } else {
           L::store_first(row, rows[lane], width);
@@ -107,7 +109,7 @@ struct ForwardFew {
         L::store_keys(scratch.keys + e * L::kLanes + part * L::kKeyLanes, keys[part]);
       }
     }
-    write_probabilities(p, group, x, scratch.column_sum);
+    write_probabilities(p, group, x, chunk.stream_probabilities, scratch.column_sum);
     sort_block<L, kExperts>(scratch.keys);
     write_selection<L>(p, chunk, group, take_in_order<L>(p, group.routed, kExperts, scratch), scratch);
     return group;

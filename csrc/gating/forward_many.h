@@ -94,7 +94,8 @@ struct ForwardMany {
         q[part] = L::fma(x[part], d, q[part]);
         q2[part] = L::fma(L::mul(x[part], d), d, q2[part]);
       }
-      store_columns(exponential + e, num_experts - e, x);
+      for (int part = 0; part < kParts; ++part)
+        L::store(exponential + e + part * kLanes, x[part]);  // scratch is padded
     }
     for (int part = 0; part < kParts; ++part) {
       L::store(&sums.s[lane][part * kLanes], s[part]);
@@ -102,13 +103,6 @@ struct ForwardMany {
       L::store(&sums.q2[lane][part * kLanes], q2[part]);
     }
   }
-
-  // Experts whose probability does not reach `least` are not worth sorting. An estimate: a token that turns out to need
-  // more experts than reach it gets its whole row sorted.
-  struct Bound {
-    bool none;
-    Floats least;
-  };
 
   // Of the maxima of 16 disjoint sets of experts, the K-th largest is no larger than the K-th largest probability.
   static Floats kth_largest_of_columns(Floats (&x)[16], int k) {
@@ -123,11 +117,13 @@ struct ForwardMany {
     return L::load(sorted[k - 1]);
   }
 
-  static Bound bound(const GatingParams& p, const GatingChunk& chunk, Floats (&columns)[16], Floats largest,
-                     Floats scale, Floats q, const Partial& q2) {
+  // Experts whose probability does not reach this are not worth sorting. For the first K it is a bound, for a mass an
+  // estimate, which `forward` checks. 0 where there is neither.
+  static Floats worth_sorting(const GatingParams& p, const GatingChunk& chunk, Floats (&columns)[16], Floats largest,
+                              Floats scale, Floats q, const Partial& q2) {
     const bool has_mass = p.is_top_p && p.top_p < 1.0;
     const bool few_ranks = p.max_experts <= 16;
-    if (p.num_experts <= 16 || (!has_mass && !few_ranks)) return {true, L::zero()};
+    if (p.num_experts <= 16 || (!has_mass && !few_ranks)) return L::zero();
     Floats least = L::zero();
     if (few_ranks) {
       const Floats d = distance(largest, kth_largest_of_columns(columns, p.max_experts),
@@ -143,88 +139,90 @@ struct ForwardMany {
       d = L::min(L::broadcast(kLargestExponent), L::max(d, L::zero()));
       least = L::max(least, L::mul(exp_of_negative<L>(d), scale));
     }
-    return {false, least};
+    return least;
   }
 
   static void write_zeros(float* row, int64_t num_experts) {
     for (int64_t e = 0; e < num_experts; ++e) row[e] = 0.0f;
   }
 
-  // Scales a row of exponentials to probabilities. Returns the number of candidates appended.
-  template <bool kAppends>
-  static int64_t probabilities(float* row, int64_t num_experts, float scale, float least, float* column_sum,
-                               float* values, int32_t* numbers) {
-    int64_t count = 0;
-    for (int64_t e = 0; e < num_experts; e += 16) {
-      const int64_t left = num_experts - e;
+  // One token, in the pass that turns its exponentials into probabilities.
+  struct Row {
+    const float* exponentials;
+    int64_t num_experts;
+    float scale;
+    float* values;     // candidates
+    int32_t* numbers;  // their experts
+    int64_t found;
+    float mass;  // of the candidates
+  };
+
+  // Collects the experts that reach `least`; the first time round also writes the probabilities and their sums.
+  template <bool kWrites>
+  static void collect(Row& row, float least, bool stream, float* probabilities, float* column_sum) {
+    int64_t found = 0;
+    Floats mass[kParts];
+    for (int part = 0; part < kParts; ++part) mass[part] = L::zero();
+    for (int64_t e = 0; e < row.num_experts; e += 16) {
+      const int64_t left = row.num_experts - e;
       Floats x[kParts];
       for (int part = 0; part < kParts; ++part) {
-        float* at = row + e + part * kLanes;
-        const Floats exponential =
-            left >= 16 ? L::load(at) : L::load_or(at, clamped(left - part * kLanes, kLanes), L::zero());
-        x[part] = L::mul(exponential, L::broadcast(scale));
-        float* sum = column_sum + e + part * kLanes;
-        L::store(sum, L::add(L::load(sum), x[part]));
-        if constexpr (kAppends) {
-          count += L::append_if_at_least(x[part], L::broadcast(least), static_cast<uint32_t>(e + part * kLanes),
-                                         values + count, numbers + count);
+        const int64_t at = e + part * kLanes;
+        x[part] = L::mul(L::load(row.exponentials + at), L::broadcast(row.scale));
+        if constexpr (kWrites) L::store(column_sum + at, L::add(L::load(column_sum + at), x[part]));
+        found += L::append_if_at_least(x[part], L::broadcast(least), static_cast<uint32_t>(at), row.values + found,
+                                       row.numbers + found, mass[part]);
+      }
+      if constexpr (kWrites) {
+        if (stream) {
+          for (int part = 0; part < kParts; ++part) L::stream(probabilities + e + part * kLanes, x[part]);
+        } else {
+          store_columns(probabilities + e, left, x);
         }
       }
-      store_columns(row + e, left, x);
     }
-    return count;
+    row.found = found;
+    row.mass = L::sum_of_pairs(mass);
   }
 
-  // Keys of the first `size` (a multiple of 16) values of every token, which lie `stride` apart; `numbers` may be null:
-  // then value i belongs to expert i.
-  static void make_keys(const float* values, const int32_t* numbers, int64_t stride, int64_t limit, int count,
-                        int64_t size, double* keys) {
+  // Keys of every token's candidates; fewer are filled up with expert -1. Returns how many keys a token has.
+  static int64_t make_keys(const Row (&rows)[kLanes], int count, double* keys) {
+    int64_t most = 1;
+    for (int lane = 0; lane < count; ++lane) most = rows[lane].found > most ? rows[lane].found : most;
+    const int64_t size = (most + 15) / 16 * 16;
+    for (int lane = 0; lane < count; ++lane) {
+      for (int64_t i = rows[lane].found; i < size; i += kLanes) {
+        L::store(rows[lane].values + i, L::zero());
+        L::store_words(rows[lane].numbers + i, L::broadcast_word(~0u));
+      }
+    }
     for (int64_t i = 0; i < size; i += kLanes) {
       Floats value[kLanes];
       Words number[kLanes];
 #pragma GCC unroll 16
       for (int lane = 0; lane < kLanes; ++lane) {
-        const int width = lane < count ? clamped(limit - i, kLanes) : 0;
-        value[lane] = width == kLanes ? L::load(values + lane * stride + i)
-                                      : L::load_or(values + lane * stride + i, width, L::zero());
-        number[lane] = numbers ? L::load_words(numbers + lane * stride + i) : L::broadcast_word(0);
+        value[lane] = lane < count ? L::load(rows[lane].values + i) : L::zero();
+        number[lane] = lane < count ? L::load_words(rows[lane].numbers + i) : L::broadcast_word(~0u);
       }
       L::transpose_floats(value);
-      if (numbers) L::transpose(number);
+      L::transpose(number);
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) {
         typename L::Keys key[L::kKeyParts];
-        L::make_keys(value[j], numbers ? number[j] : L::broadcast_word(static_cast<uint32_t>(i + j)), key);
+        L::make_keys(value[j], number[j], key);
         for (int part = 0; part < L::kKeyParts; ++part) {
           L::store_keys(keys + (i + j) * kLanes + part * L::kKeyLanes, key[part]);
         }
       }
     }
-  }
-
-  static void sort_all(const GatingParams& p, const Group<L>& group, const GroupScratch<L>& scratch) {
-    const float* rows = static_cast<const float*>(p.probabilities) + group.first_token * p.num_experts;
-    const int64_t size = (p.num_experts + 15) / 16 * 16;
-    make_keys(rows, nullptr, p.num_experts, p.num_experts, group.count, size, scratch.keys);
-    sort_keys<L>(scratch.keys, size);
-  }
-
-  // Returns how many keys there are.
-  static int64_t sort_candidates(const GatingParams& p, const Group<L>& group, const int64_t (&found)[kLanes],
-                                 const GroupScratch<L>& scratch) {
-    const int64_t stride = padded(p.num_experts);
-    int64_t size = 1;
-    for (int lane = 0; lane < group.count; ++lane) size = found[lane] > size ? found[lane] : size;
-    size = (size + 15) / 16 * 16;
-    for (int lane = 0; lane < group.count; ++lane) {
-      for (int64_t i = found[lane]; i < size; i += kLanes) {
-        L::store(scratch.values + lane * stride + i, L::zero());
-        L::store_words(scratch.numbers + lane * stride + i, L::broadcast_word(~0u));
-      }
-    }
-    make_keys(scratch.values, scratch.numbers, stride, size, group.count, size, scratch.keys);
-    sort_keys<L>(scratch.keys, size);
     return size;
+  }
+
+  static Taken<L> select(const GatingParams& p, const Group<L>& group, const Row (&rows)[kLanes],
+                         const GroupScratch<L>& scratch) {
+    const int64_t size = make_keys(rows, group.count, scratch.keys);
+    sort_keys<L>(scratch.keys, size);
+    return take_in_order<L>(p, group.routed, size, scratch);
   }
 
   static Group<L> forward(const GatingParams& p, const GatingChunk& chunk, int64_t token,
@@ -232,7 +230,7 @@ struct ForwardMany {
     Group<L> group{token, clamped(chunk.end - token, kLanes), {}, 0};
     const int64_t num_experts = p.num_experts, stride = padded(num_experts);
     const Logit* logits = static_cast<const Logit*>(p.logits) + token * num_experts;
-    float* rows = static_cast<float*>(p.probabilities) + token * num_experts;
+    const float enough = p.is_top_p && p.top_p < 1.0 ? static_cast<float>(p.top_p) : 0.0f;
     const Floats temperature = L::broadcast(static_cast<float>(p.temperature));
 
     alignas(64) Partial most = {};
@@ -241,40 +239,40 @@ struct ForwardMany {
     by_column(most, columns);
     Floats largest = columns[0];
     for (int i = 1; i < 16; ++i) largest = L::max(largest, columns[i]);
-    alignas(64) float of_lane[kLanes], least_of_lane[kLanes];
+    alignas(64) float of_lane[kLanes];
     L::store(of_lane, largest);
 
     alignas(64) Sums sums = {};
     for (int lane = 0; lane < group.count; ++lane) {
       exponentials(logits + lane * num_experts, num_experts, L::broadcast(of_lane[lane]), temperature,
-                   p.temperature != 1.0, rows + lane * num_experts, lane, sums);
+                   p.temperature != 1.0, scratch.exponentials + lane * stride, lane, sums);
     }
     const Floats q = sum_in_pairs(sums.q);
     const Floats scale = finish_softmax<L>(p, largest, sum_in_pairs(sums.s), q, group);
-    const Bound worth = bound(p, chunk, columns, largest, scale, q, sums.q2);
+    alignas(64) float least_of_lane[kLanes];
+    L::store(least_of_lane, worth_sorting(p, chunk, columns, largest, scale, q, sums.q2));
     L::store(of_lane, scale);
-    L::store(least_of_lane, worth.least);
 
-    int64_t found[kLanes] = {};
+    Row rows[kLanes];
     for (int lane = 0; lane < group.count; ++lane) {
-      float* row = rows + lane * num_experts;
-      float* values = scratch.values + lane * stride;
-      int32_t* numbers = scratch.numbers + lane * stride;
+      float* probabilities = static_cast<float*>(p.probabilities) + (token + lane) * num_experts;
+      rows[lane] = {scratch.exponentials + lane * stride, num_experts, of_lane[lane], scratch.values + lane * stride,
+                    scratch.numbers + lane * stride,      0,           0.0f};
       if ((L::bits(group.routed) >> lane & 1) == 0) {
-        write_zeros(row, num_experts);
-      } else if (worth.none) {
-        probabilities<false>(row, num_experts, of_lane[lane], 0, scratch.column_sum, values, numbers);
-      } else {
-        found[lane] = probabilities<true>(row, num_experts, of_lane[lane], least_of_lane[lane], scratch.column_sum,
-                                          values, numbers);
+        write_zeros(probabilities, num_experts);
+        continue;
+      }
+      float least = least_of_lane[lane];
+      collect<true>(rows[lane], least, chunk.stream_probabilities, probabilities, scratch.column_sum);
+      for (int tries = 0; rows[lane].mass < enough && rows[lane].found < p.max_experts; ++tries) {
+        least = tries < 3 ? least * 0.5f : 0.0f;
+        collect<false>(rows[lane], least, false, nullptr, nullptr);
       }
     }
-
-    Taken<L> taken{};
-    if (!worth.none) taken = take_in_order<L>(p, group.routed, sort_candidates(p, group, found, scratch), scratch);
-    if (!taken.complete) {
-      sort_all(p, group, scratch);
-      taken = take_in_order<L>(p, group.routed, (num_experts + 15) / 16 * 16, scratch);
+    Taken<L> taken = select(p, group, rows, scratch);
+    if (!taken.complete) {  // the mass was there, but added up in another order
+      for (int lane = 0; lane < group.count; ++lane) collect<false>(rows[lane], 0.0f, false, nullptr, nullptr);
+      taken = select(p, group, rows, scratch);
     }
     write_selection<L>(p, chunk, group, taken, scratch);
     return group;

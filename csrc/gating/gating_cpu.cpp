@@ -63,6 +63,13 @@ float spread_of(double p) {
   return static_cast<float>(low + kMargin);
 }
 
+// Whether [T, columns] of 4-byte elements is written around the cache.
+bool is_streamed(const void* buffer, int64_t num_tokens, int64_t columns) {
+  constexpr int64_t kStreamedBytes = int64_t{2} << 20, kCacheLine = 64;
+  return num_tokens * columns * 4 >= kStreamedBytes && columns * 4 % kCacheLine == 0 &&
+         reinterpret_cast<uintptr_t>(buffer) % kCacheLine == 0;
+}
+
 template <class Real>
 void add_chunks(const GatingParams& p, const std::vector<int32_t>& counts, const std::vector<double>& sums) {
   const size_t num_experts = static_cast<size_t>(p.num_experts);
@@ -84,11 +91,16 @@ int64_t gating_cpu(const GatingParams& p) {
   std::vector<int32_t> counts(static_cast<size_t>(num_chunks * p.num_experts));
   std::vector<double> sums(counts.size());
   const float spread = p.is_top_p ? spread_of(p.top_p) : 0.0f;
+  const bool stream_selection = is_streamed(p.expert_ids, p.num_tokens, p.max_experts) &&
+                                is_streamed(p.expert_weights, p.num_tokens, p.max_experts);
+  const bool stream_probabilities = is_streamed(p.probabilities, p.num_tokens, p.num_experts);
   std::atomic<int64_t> non_finite{0};
   for_chunks(num_chunks, is_float64 ? 0 : forward_scratch_bytes(p.num_experts), [&](int64_t index, char* scratch) {
     const GatingChunk chunk{.begin = index * kTokensPerChunk,
                             .end = std::min((index + 1) * kTokensPerChunk, p.num_tokens),
                             .spread = spread,
+                            .stream_selection = stream_selection,
+                            .stream_probabilities = stream_probabilities,
                             .tokens_per_expert = counts.data() + index * p.num_experts,
                             .probability_sum = sums.data() + index * p.num_experts,
                             .scratch = scratch};

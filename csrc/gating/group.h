@@ -13,12 +13,13 @@ namespace {
 // Views of a chunk's scratch. The last dimension is the lane.
 template <class L>
 struct GroupScratch {
-  double* keys;       // [padded E][lanes]
-  int32_t* ids;       // [padded E][lanes] by rank
-  float* weights;     // [padded E][lanes] by rank
-  float* values;      // [lanes][padded E] probabilities of candidates
-  int32_t* numbers;   // [lanes][padded E] experts of candidates
-  float* column_sum;  // [padded E] of up to kTokensPerSum tokens
+  double* keys;         // [padded E][lanes]
+  int32_t* ids;         // [padded E][lanes] by rank
+  float* weights;       // [padded E][lanes] by rank
+  float* values;        // [lanes][padded E] probabilities of candidates
+  int32_t* numbers;     // [lanes][padded E] experts of candidates
+  float* exponentials;  // [lanes][padded E]
+  float* column_sum;    // [padded E] of up to kTokensPerSum tokens
 
   GroupScratch(char* scratch, int64_t num_experts) {
     const int64_t size = padded(num_experts) * L::kLanes;
@@ -27,7 +28,8 @@ struct GroupScratch {
     weights = reinterpret_cast<float*>(ids + size);
     values = weights + size;
     numbers = reinterpret_cast<int32_t*>(values + size);
-    column_sum = reinterpret_cast<float*>(numbers + size);
+    exponentials = reinterpret_cast<float*>(numbers + size);
+    column_sum = exponentials + size;
   }
 };
 

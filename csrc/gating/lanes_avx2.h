@@ -44,6 +44,11 @@ struct Avx2Lanes : Avx2 {
     _mm256_maskstore_epi32(p, _mm256_castps_si256(first_lanes(count)), v);
   }
 
+  // A vector is half a line: writing it around the cache would cost more than it saves.
+  static void stream(float* p, Floats v) { store(p, v); }
+  static void stream_words(int32_t* p, Words v) { store_words(p, v); }
+  static void fence() {}
+
   static void transpose_floats(Floats (&r)[8]) {
     Words w[8];
     for (int i = 0; i < 8; ++i) w[i] = _mm256_castps_si256(r[i]);
@@ -58,11 +63,14 @@ struct Avx2Lanes : Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(eights, _mm_movehdup_ps(eights)));
   }
 
-  static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers) {
+  static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers,
+                                Floats& sum) {
+    const Mask reaches = at_least(v, least);
+    sum = _mm256_add_ps(sum, _mm256_and_ps(reaches, v));
     alignas(32) float all[8];
     _mm256_store_ps(all, v);
     int count = 0;
-    for (uint32_t kept = bits(at_least(v, least)); kept != 0; kept &= kept - 1) {
+    for (uint32_t kept = bits(reaches); kept != 0; kept &= kept - 1) {
       const int lane = __builtin_ctz(kept);
       values[count] = all[lane];
       numbers[count++] = static_cast<int32_t>(first_number) + lane;

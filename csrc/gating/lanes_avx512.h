@@ -39,6 +39,11 @@ struct Avx512Lanes : Avx512 {
   }
   static void store_words_first(int32_t* p, Words v, int count) { _mm512_mask_storeu_epi32(p, first(count), v); }
 
+  // Around the cache, whole lines; p is aligned to a line.
+  static void stream(float* p, Floats v) { _mm512_stream_ps(p, v); }
+  static void stream_words(int32_t* p, Words v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v); }
+  static void fence() { _mm_sfence(); }
+
   static void transpose_floats(Floats (&r)[16]) {
     Words w[16];
 #pragma GCC unroll 16
@@ -56,10 +61,12 @@ struct Avx512Lanes : Avx512 {
     return _mm512_cvtss_f32(_mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0x4e)));
   }
 
-  // Appends the values that reach `least`, with their numbers counted from `first_number`; returns how many.
-  // Writes a whole vector at either pointer.
-  static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers) {
+  // Appends the values that reach `least`, with their numbers counted from `first_number`; returns how many, and adds
+  // them to `sum`. Writes a whole vector at either pointer.
+  static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers,
+                                Floats& sum) {
     const Mask kept = at_least(v, least);
+    sum = _mm512_mask_add_ps(sum, kept, sum, v);
     _mm512_storeu_ps(values, _mm512_maskz_compress_ps(kept, v));
     const Words number = _mm512_add_epi32(lane_numbers(), broadcast_word(first_number));
     _mm512_storeu_si512(numbers, _mm512_maskz_compress_epi32(kept, number));

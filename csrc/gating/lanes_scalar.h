@@ -76,6 +76,9 @@ struct SingleLane : ScalarLane {
   static void store_words_first(int32_t* p, Words v, int count) {
     if (count > 0) store_words(p, v);
   }
+  static void stream(float* p, Floats v) { store(p, v); }
+  static void stream_words(int32_t* p, Words v) { store_words(p, v); }
+  static void fence() {}
   static void transpose_floats(Floats (&)[1]) {}
 
   static float sum_of_pairs(const Floats (&v)[16]) {
@@ -84,9 +87,11 @@ struct SingleLane : ScalarLane {
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
   }
 
-  static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers) {
+  static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers,
+                                Floats& sum) {
     *values = v;
     *numbers = static_cast<int32_t>(first_number);
+    sum += v >= least ? v : 0.0f;
     return v >= least;
   }
 

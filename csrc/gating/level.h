@@ -25,6 +25,7 @@ int64_t forward_chunk(const GatingParams& p, const GatingChunk& chunk) {
     }
     add_column_sums(chunk, scratch.column_sum, p.num_experts);
   }
+  L::fence();
   return non_finite;
 }
 

@@ -75,7 +75,8 @@ Taken<L> take_in_order(const GatingParams& p, typename L::Mask routed, int64_t s
 
 // rows[lane][k] = by_rank[k][lane] for k < num_ranks, `fill` for the rest of the K.
 template <class L>
-void write_rows(const void* by_rank, int64_t num_ranks, typename L::Words fill, int count, int64_t k, int32_t* rows) {
+void write_rows(const void* by_rank, int64_t num_ranks, typename L::Words fill, int count, int64_t k, bool stream,
+                int32_t* rows) {
   int64_t rank = 0;
   for (; rank < num_ranks; rank += L::kLanes) {
     typename L::Words block[L::kLanes];
@@ -89,7 +90,9 @@ void write_rows(const void* by_rank, int64_t num_ranks, typename L::Words fill, 
 #pragma GCC unroll 16
     for (int lane = 0; lane < L::kLanes; ++lane) {
       if (lane >= count) break;
-      if (width == L::kLanes) {
+      if (stream) {
+        L::stream_words(rows + lane * k + rank, block[lane]);
+      } else if (width == L::kLanes) {
         L::store_words(rows + lane * k + rank, block[lane]);
       } else {
         L::store_words_first(rows + lane * k + rank, block[lane], width);
@@ -100,7 +103,9 @@ void write_rows(const void* by_rank, int64_t num_ranks, typename L::Words fill, 
   for (int lane = 0; lane < count; ++lane) {
     int32_t* row = rows + lane * k;
     int64_t i = rank;
-    for (; i + L::kLanes <= k; i += L::kLanes) L::store_words(row + i, fill);
+    for (; i + L::kLanes <= k; i += L::kLanes) {
+      stream ? L::stream_words(row + i, fill) : L::store_words(row + i, fill);
+    }
     if (i < k) L::store_words_first(row + i, fill, static_cast<int>(k - i));
   }
 }
@@ -121,8 +126,9 @@ void write_selection(const GatingParams& p, const GatingChunk& chunk, const Grou
     }
   }
   const int64_t offset = group.first_token * p.max_experts;
-  write_rows<L>(scratch.ids, taken.most, unused, group.count, p.max_experts, p.expert_ids + offset);
-  write_rows<L>(scratch.weights, taken.most, L::broadcast_word(0), group.count, p.max_experts,
+  write_rows<L>(scratch.ids, taken.most, unused, group.count, p.max_experts, chunk.stream_selection,
+                p.expert_ids + offset);
+  write_rows<L>(scratch.weights, taken.most, L::broadcast_word(0), group.count, p.max_experts, chunk.stream_selection,
                 static_cast<int32_t*>(p.expert_weights) + offset);
 }
 
