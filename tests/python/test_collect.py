@@ -15,6 +15,8 @@ from dynamic_moe import DynamicMoE, Routing, collect_routing, losses
 
 LAYERS = 3
 
+pytestmark = pytest.mark.level_independent
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:

@@ -261,6 +261,7 @@ def train_step(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
     return y, loss, routing
 
 
+@pytest.mark.level_independent
 @pytest.mark.parametrize(
     ("dtype", "backend"), [(torch.float32, "aot_eager"), (torch.bfloat16, "aot_eager"), (torch.float32, "inductor")]
 )
@@ -281,6 +282,7 @@ def test_compiles_into_one_graph_for_any_number_of_tokens(dtype: torch.dtype, ba
         torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.level_independent
 def test_autocast_compiles_into_one_graph() -> None:
     layer = make(shared_intermediate_size=16, shared_gated=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -293,6 +295,7 @@ def test_autocast_compiles_into_one_graph() -> None:
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.level_independent
 def test_p_may_change_between_compiled_steps() -> None:
     layer = make()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -305,6 +308,7 @@ def test_p_may_change_between_compiled_steps() -> None:
         assert torch.equal(routing.expert_ids, expected.expert_ids)
 
 
+@pytest.mark.level_independent
 def test_exports_with_a_dynamic_number_of_tokens() -> None:
     layer = make(shared_intermediate_size=16).eval()
     tokens = torch.export.Dim("tokens", min=2, max=1000)

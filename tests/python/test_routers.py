@@ -229,6 +229,7 @@ def test_leading_dimensions_and_mask_are_flattened(make: type[Router]) -> None:
     assert (routing.experts_per_token > 0).tolist() == mask.flatten().tolist()
 
 
+@pytest.mark.level_independent
 @pytest.mark.parametrize("make", [TopPRouter, TopKRouter, ThresholdRouter])
 def test_routers_compile_into_one_graph(make: type[Router]) -> None:
     router = make(6, 4)

@@ -139,6 +139,7 @@ def test_statistics_carry_no_gradient_and_the_routing_does() -> None:
     assert routing.probabilities.requires_grad
 
 
+@pytest.mark.level_independent
 def test_statistics_compile_into_one_graph_for_any_number_of_tokens() -> None:
     def figures(logits: Tensor) -> tuple[Tensor, ...]:
         return tuple(threshold_selection(logits).statistics())
