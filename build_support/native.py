@@ -53,7 +53,7 @@ def extension() -> Extension:
         sources=sources,
         include_dirs=[str(CSRC), pybind11.get_include()],
         define_macros=list(macros(toolkit if cuda_sources else None)),
-        extra_compile_args={"cxx": base_flags(), "nvcc": cuda_flags()},
+        extra_compile_args={"cxx": [*base_flags(), *header_flags()], "nvcc": cuda_flags()},
         extra_link_args=[f"-Wl,--version-script={CSRC / 'bindings' / 'exports.map'}"],
     )
     # Nothing but the stable ABI of libtorch_cpu is used, and the CUDA runtime is linked statically: the same file loads
@@ -120,10 +120,16 @@ def macros(toolkit: Path | None) -> Iterator[tuple[str, str]]:
         yield "DYNAMIC_MOE_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
 
 
+def header_flags() -> list[str]:
+    """Return flags that keep torch's headers out of the warnings, and their place on this machine out of the binary."""
+    torch = Path(cpp_extension.__file__).parent.parent
+    return ["-isystem", str(torch / "include"), f"-ffile-prefix-map={torch}=torch"]
+
+
 def cuda_flags() -> list[str]:
     """Return nvcc's flags; device code stays within C++17."""
     host = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=dynamic_moe"]
-    return ["-O3", "-std=c++17", "-DNDEBUG", "-lineinfo", *(f"-Xcompiler={flag}" for flag in host)]
+    return ["-O3", "-std=c++17", "-DNDEBUG", *(f"-Xcompiler={flag}" for flag in host)]
 
 
 def cuda_toolkit() -> Path | None:
