@@ -49,6 +49,7 @@ def output(*command: str | Path, **options) -> str:
     return subprocess.run(list(command), capture_output=True, text=True, check=True, **options).stdout
 
 
+@pytest.mark.level_independent
 class TestBinary:
     def test_links_libtorch_cpu_and_no_cuda_library(self):
         needed = re.findall(r"NEEDED.*\[(\S+?)\]", output("readelf", "--dynamic", EXTENSION))
@@ -153,6 +154,7 @@ class TestCpuLevels:
         assert result.stdout.splitlines()[-1] == f"1 objects, {weak} weak symbols"
 
 
+@pytest.mark.level_independent
 class TestBackend:
     @staticmethod
     def install(folder: Path, version: str) -> Path:
@@ -221,6 +223,7 @@ class TestBackend:
         assert [name for name in names if re.search(r"\.(so|o|pyc)$|\.venv|^build/", name)] == []
 
 
+@pytest.mark.level_independent
 class TestEnvironment:
     @pytest.fixture
     def folder(self, monkeypatch, tmp_path):
@@ -258,6 +261,7 @@ class TestEnvironment:
         assert make_venv.reused_torch() is None
 
 
+@pytest.mark.level_independent
 class TestSummary:
     REPORT = (
         '<testsuites><testsuite><testcase name="a"/><testcase name="b"><skipped/></testcase>'
