@@ -140,10 +140,10 @@ def _backward_fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, keep_pre_activation = inputs
-    if not keep_pre_activation:
-        raise ValueError("keep_pre_activation must be True where a gradient is needed, got False")
     pre_activation = output[1]
-    ctx.save_for_backward(*tensors, pre_activation)
+    # Without it there is nothing to go back with. That is an error of the backward pass, not of this one: a program
+    # exported for inference may be run outside torch.no_grad.
+    ctx.save_for_backward(*((*tensors, pre_activation) if keep_pre_activation else ()))
     ctx.mark_non_differentiable(pre_activation)
     ctx.set_materialize_grads(False)  # no [R, 2I] of zeros for the pre-activation
 
@@ -151,9 +151,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
+    saved = ctx.saved_tensors  # once: checkpointing unpacks them once only
+    if not saved:
+        raise RuntimeError("expert_mlp ran with keep_pre_activation=False, as it does under torch.no_grad: no gradient")
     need_x, need_gate_up, need_down, need_weights = ctx.needs_input_grad[:4]
     dx, d_gate_up, d_down, d_weights = raw.expert_mlp_backward.default(
-        dy, *ctx.saved_tensors, need_x, need_gate_up or need_down, need_weights
+        dy, *saved, need_x, need_gate_up or need_down, need_weights
     )
     return (
         dx if need_x else None,

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures, markers and the budget of all Python tests.
+
+DYNAMIC_MOE_CPU_ISA chooses the CPU level, as everywhere. Hypothesis draws the same examples in every run, fewer of them
+below the best level; ``--hypothesis-profile=thorough`` draws many, other ones each time.
+"""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from dynamic_moe import _C
+
+IS_BEST_LEVEL = _C.cpu_isa() == _C.supported_cpu_isas()[-1]
+
+LEVEL_INDEPENDENT = "level_independent: does not depend on the CPU level, so it runs at the best one alone"
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("level", settings.get_profile("ci"), max_examples=15)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile("ci" if IS_BEST_LEVEL else "level")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", LEVEL_INDEPENDENT)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if IS_BEST_LEVEL:
+        return
+    left_out = [item for item in items if item.get_closest_marker("level_independent")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("level_independent")]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random numbers, in whatever order they run."""
+    torch.manual_seed(0)
