@@ -10,23 +10,45 @@ namespace {
 constexpr float kLargestExponent = 104.0f;
 
 // exp(-x) for 0 <= x <= kLargestExponent, within 1.1 ulp; exact for 0; underflows gradually; NaN stays NaN.
-template <class Lanes>
-inline typename Lanes::Floats exp_of_negative(typename Lanes::Floats x) {
+// Several vectors step by step together: one alone waits for itself, and the processor does not look ahead far enough
+// to find the next.
+template <class Lanes, int kCount>
+[[gnu::always_inline]] inline void exp_of_negative(const typename Lanes::Floats (&x)[kCount],
+                                                   typename Lanes::Floats (&result)[kCount]) {
   using L = Lanes;
+  using Floats = typename L::Floats;
   constexpr float kLog2E = 0x1.715476p0f,
                   kRound = 0x1.8p23f;  // adding kRound leaves the nearest integer in the last bits
   constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // kLn2High times an 8-bit integer is exact
-  const auto n = L::sub(L::fma(x, L::broadcast(-kLog2E), L::broadcast(kRound)), L::broadcast(kRound));
-  auto y = L::fma(n, L::broadcast(kLn2High), x);  // exp(-x) = 2^n exp(-y), |y| <= log(2) / 2
-  y = L::fma(n, L::broadcast(kLn2Low), y);
-  auto p = L::broadcast(0x1.6a23dp-10f);  // minimax: relative error 3.1e-9
-  p = L::fma(p, y, L::broadcast(-0x1.123a2p-7f));
-  p = L::fma(p, y, L::broadcast(0x1.5558f2p-5f));
-  p = L::fma(p, y, L::broadcast(-0x1.555492p-3f));
-  p = L::fma(p, y, L::broadcast(0x1.fffffcp-2f));
-  p = L::fma(p, y, L::broadcast(-1.0f));
-  p = L::fma(p, y, L::broadcast(1.0f));
-  return L::scale_by_power_of_two(p, n);
+  constexpr float kCoefficients[] = {0x1.6a23dp-10f,
+                                     -0x1.123a2p-7f,
+                                     0x1.5558f2p-5f,
+                                     -0x1.555492p-3f,
+                                     0x1.fffffcp-2f,
+                                     -1.0f,
+                                     1.0f};  // minimax: relative error 3.1e-9
+  Floats n[kCount], y[kCount];
+  const auto each = [](const auto& step) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) step(i);
+  };
+  each([&](int i) { n[i] = L::fma(x[i], L::broadcast(-kLog2E), L::broadcast(kRound)); });
+  each([&](int i) { n[i] = L::sub(n[i], L::broadcast(kRound)); });
+  // exp(-x) = 2^n exp(-y), |y| <= log(2) / 2
+  each([&](int i) { y[i] = L::fma(n[i], L::broadcast(kLn2High), x[i]); });
+  each([&](int i) { y[i] = L::fma(n[i], L::broadcast(kLn2Low), y[i]); });
+  each([&](int i) { result[i] = L::broadcast(kCoefficients[0]); });
+#pragma GCC unroll 6
+  for (int k = 1; k < 7; ++k) each([&](int i) { result[i] = L::fma(result[i], y[i], L::broadcast(kCoefficients[k])); });
+  each([&](int i) { result[i] = L::scale_by_power_of_two(result[i], n[i]); });
+}
+
+template <class Lanes>
+inline typename Lanes::Floats exp_of_negative(typename Lanes::Floats x) {
+  const typename Lanes::Floats one[1] = {x};
+  typename Lanes::Floats result[1];
+  exp_of_negative<Lanes, 1>(one, result);
+  return result[0];
 }
 
 // log(x) for positive normal x, within 1 ulp (the polynomial is Cephes' logf); NaN stays NaN.

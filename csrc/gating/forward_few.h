@@ -35,26 +35,44 @@ struct ForwardFew {
     }
   }
 
-  // Replaces logits kFirst, kFirst + 1, .., kFirst + kCount - 1 (modulo 16) by exp(-d) and adds them up in pairs.
+  // Replaces logits e, e + 1, e + 2, e + 3 by exponentials. For e < 16 starts four columns of sums, else adds to them.
+  template <int e>
+  [[gnu::always_inline]] static void exponentials(Floats (&x)[kExperts], Floats largest, Floats temperature,
+                                                  bool has_temperature, Floats (&s)[4], Floats (&q)[4]) {
+    Floats d[4], result[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) d[i] = L::sub(largest, x[e + i]);
+    if (has_temperature) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) d[i] = L::div(d[i], temperature);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) d[i] = L::min(L::broadcast(kLargestExponent), d[i]);
+    exp_of_negative<L, 4>(d, result);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[e + i] = result[i];
+      s[i] = e < 16 ? result[i] : L::add(s[i], result[i]);
+      const Floats product = L::mul(result[i], d[i]);
+      q[i] = e < 16 ? product : L::add(q[i], product);
+    }
+  }
+
+  // The sums over columns kFirst to kFirst + kCount - 1 (modulo 16), in pairs.
   template <int kFirst, int kCount>
-  [[gnu::always_inline]] static Sums exponentials(Floats (&x)[kExperts], Floats largest, Floats temperature,
-                                                  bool has_temperature) {
-    if constexpr (kCount > 1) {
-      const Sums a = exponentials<kFirst, kCount / 2>(x, largest, temperature, has_temperature);
-      const Sums b = exponentials<kFirst + kCount / 2, kCount / 2>(x, largest, temperature, has_temperature);
+  [[gnu::always_inline]] static Sums sum_exponentials(Floats (&x)[kExperts], Floats largest, Floats temperature,
+                                                      bool has_temperature) {
+    if constexpr (kCount > 4) {
+      const Sums a = sum_exponentials<kFirst, kCount / 2>(x, largest, temperature, has_temperature);
+      const Sums b = sum_exponentials<kFirst + kCount / 2, kCount / 2>(x, largest, temperature, has_temperature);
       return {L::add(a.s, b.s), L::add(a.q, b.q)};
     } else {
-      Sums sums{};
-#pragma GCC unroll 4
-      for (int e = kFirst; e < kExperts; e += 16) {
-        Floats d = L::sub(largest, x[e]);
-        if (has_temperature) d = L::div(d, temperature);
-        d = L::min(L::broadcast(kLargestExponent), d);
-        x[e] = exp_of_negative<L>(d);
-        sums.s = e == kFirst ? x[e] : L::add(sums.s, x[e]);
-        sums.q = e == kFirst ? L::mul(x[e], d) : L::fma(x[e], d, sums.q);
+      Floats s[4], q[4];
+      exponentials<kFirst>(x, largest, temperature, has_temperature, s, q);
+      if constexpr (kFirst + 16 < kExperts) {
+        exponentials<kFirst + 16>(x, largest, temperature, has_temperature, s, q);
       }
-      return sums;
+      return {L::add(L::add(s[0], s[1]), L::add(s[2], s[3])), L::add(L::add(q[0], q[1]), L::add(q[2], q[3]))};
     }
   }
 
@@ -93,7 +111,7 @@ struct ForwardFew {
     Floats largest = x[0];
 #pragma GCC unroll 32
     for (int e = 1; e < kExperts; ++e) largest = L::max(largest, x[e]);
-    const Sums sums = exponentials<0, (kExperts < 16 ? kExperts : 16)>(
+    const Sums sums = sum_exponentials<0, (kExperts < 16 ? kExperts : 16)>(
         x, largest, L::broadcast(static_cast<float>(p.temperature)), p.temperature != 1.0);
     const Floats scale = finish_softmax<L>(p, largest, sums.s, sums.q, group);
     if (L::bits(group.routed) != L::bits(L::first_lanes(L::kLanes))) {

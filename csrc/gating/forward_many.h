@@ -80,27 +80,60 @@ struct ForwardMany {
     return L::min(L::broadcast(kLargestExponent), d);
   }
 
-  static void exponentials(const Logit* row, int64_t num_experts, Floats largest, Floats temperature,
-                           bool has_temperature, float* exponential, int lane, Sums& sums) {
+  // One token, in the pass that turns its logits into exponentials.
+  struct Exponents {
+    const Logit* logits;
+    int64_t num_experts;
+    float* exponentials;
+    Floats largest, temperature;
+    bool has_temperature;
     Floats s[kParts], q[kParts], q2[kParts];
-    for (int part = 0; part < kParts; ++part) s[part] = q[part] = q2[part] = L::zero();
-    for (int64_t e = 0; e < num_experts; e += 16) {
+  };
+
+  // Experts e to e + 16 kChunks - 1.
+  template <int kChunks>
+  [[gnu::always_inline]] static void exponentials(Exponents& t, int64_t e) {
+    constexpr int kCount = kChunks * kParts;
+    Floats d[kCount], result[kCount];
+#pragma GCC unroll 4
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
       Floats x[kParts];
-      load_columns(row + e, num_experts - e, x);
-      for (int part = 0; part < kParts; ++part) {
-        const Floats d = distance(largest, x[part], temperature, has_temperature);
-        x[part] = exp_of_negative<L>(d);
-        s[part] = L::add(s[part], x[part]);
-        q[part] = L::fma(x[part], d, q[part]);
-        q2[part] = L::fma(L::mul(x[part], d), d, q2[part]);
-      }
-      for (int part = 0; part < kParts; ++part)
-        L::store(exponential + e + part * kLanes, x[part]);  // scratch is padded
+      load_columns(t.logits + e + chunk * 16, t.num_experts - e - chunk * 16, x);
+      for (int part = 0; part < kParts; ++part) d[chunk * kParts + part] = L::sub(t.largest, x[part]);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      if (t.has_temperature) d[i] = L::div(d[i], t.temperature);
+      d[i] = L::min(L::broadcast(kLargestExponent), d[i]);
+    }
+    exp_of_negative<L, kCount>(d, result);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      const int part = i % kParts;
+      t.s[part] = L::add(t.s[part], result[i]);
+      const Floats product = L::mul(result[i], d[i]);
+      t.q[part] = L::add(t.q[part], product);
+      t.q2[part] = L::fma(product, d[i], t.q2[part]);
+      L::store(t.exponentials + e + i * kLanes, result[i]);  // scratch is padded
+    }
+  }
+
+  static void exponentials(Exponents& t, int lane, Sums& sums) {
+    for (int part = 0; part < kParts; ++part) t.s[part] = t.q[part] = t.q2[part] = L::zero();
+    int64_t e = 0;
+    if constexpr (kParts <= 2) {
+      constexpr int kChunks = 4 / kParts;
+      for (; e + (kChunks - 1) * 16 < t.num_experts; e += kChunks * 16) exponentials<kChunks>(t, e);
+      if (kChunks > 2 && e + 16 < t.num_experts) {
+        exponentials<2>(t, e);
+        e += 32;
+      }
+    }
+    for (; e < t.num_experts; e += 16) exponentials<1>(t, e);
     for (int part = 0; part < kParts; ++part) {
-      L::store(&sums.s[lane][part * kLanes], s[part]);
-      L::store(&sums.q[lane][part * kLanes], q[part]);
-      L::store(&sums.q2[lane][part * kLanes], q2[part]);
+      L::store(&sums.s[lane][part * kLanes], t.s[part]);
+      L::store(&sums.q[lane][part * kLanes], t.q[part]);
+      L::store(&sums.q2[lane][part * kLanes], t.q2[part]);
     }
   }
 
@@ -233,7 +266,8 @@ struct ForwardMany {
     const float enough = p.is_top_p && p.top_p < 1.0 ? static_cast<float>(p.top_p) : 0.0f;
     const Floats temperature = L::broadcast(static_cast<float>(p.temperature));
 
-    alignas(64) Partial most = {};
+    alignas(64) Partial most;
+    if (group.count < kLanes) __builtin_memset(most, 0, sizeof most);
     for (int lane = 0; lane < group.count; ++lane) largest_logits(logits + lane * num_experts, num_experts, most[lane]);
     Floats columns[16];
     by_column(most, columns);
@@ -242,10 +276,19 @@ struct ForwardMany {
     alignas(64) float of_lane[kLanes];
     L::store(of_lane, largest);
 
-    alignas(64) Sums sums = {};
+    alignas(64) Sums sums;
+    if (group.count < kLanes) __builtin_memset(&sums, 0, sizeof sums);
     for (int lane = 0; lane < group.count; ++lane) {
-      exponentials(logits + lane * num_experts, num_experts, L::broadcast(of_lane[lane]), temperature,
-                   p.temperature != 1.0, scratch.exponentials + lane * stride, lane, sums);
+      Exponents t{logits + lane * num_experts,
+                  num_experts,
+                  scratch.exponentials + lane * stride,
+                  L::broadcast(of_lane[lane]),
+                  temperature,
+                  p.temperature != 1.0,
+                  {},
+                  {},
+                  {}};
+      exponentials(t, lane, sums);
     }
     const Floats q = sum_in_pairs(sums.q);
     const Floats scale = finish_softmax<L>(p, largest, sum_in_pairs(sums.s), q, group);
@@ -265,7 +308,7 @@ struct ForwardMany {
       float least = least_of_lane[lane];
       collect<true>(rows[lane], least, chunk.stream_probabilities, probabilities, scratch.column_sum);
       for (int tries = 0; rows[lane].mass < enough && rows[lane].found < p.max_experts; ++tries) {
-        least = tries < 3 ? least * 0.5f : 0.0f;
+        least = tries < 6 ? least * 0.75f : 0.0f;
         collect<false>(rows[lane], least, false, nullptr, nullptr);
       }
     }

@@ -42,11 +42,11 @@ Scratch allocate(size_t bytes) { return Scratch(static_cast<char*>(::operator ne
 
 // run(chunk, scratch) for every chunk of tokens, with a scratch of each worker's own.
 template <class Run>
-void for_chunks(int64_t num_chunks, size_t scratch_bytes, const Run& run) {
+void for_chunks(int64_t num_chunks, size_t scratch_bytes, bool zeroed, const Run& run) {
   std::atomic<int64_t> next{0};
   parallel_for(0, std::min<int64_t>(num_threads(), num_chunks), 1, [&](int64_t, int64_t) {
     const Scratch scratch = allocate(scratch_bytes);
-    std::fill_n(scratch.get(), scratch_bytes, '\0');
+    if (zeroed) std::fill_n(scratch.get(), scratch_bytes, '\0');
     for (int64_t chunk = next.fetch_add(1); chunk < num_chunks; chunk = next.fetch_add(1)) run(chunk, scratch.get());
   });
 }
@@ -54,7 +54,7 @@ void for_chunks(int64_t num_chunks, size_t scratch_bytes, const Run& run) {
 // How far below its mean log P lies where the mass p is reached, in standard deviations, if it is normal; and a little
 // more, so that few tokens have to be looked at twice (0.3% of normally distributed ones at E = 128).
 float spread_of(double p) {
-  constexpr double kMargin = 0.35;
+  constexpr double kMargin = 0.1;
   double low = -6, high = 6;
   for (int i = 0; i < 30; ++i) {
     const double middle = (low + high) / 2;
@@ -95,17 +95,18 @@ int64_t gating_cpu(const GatingParams& p) {
                                 is_streamed(p.expert_weights, p.num_tokens, p.max_experts);
   const bool stream_probabilities = is_streamed(p.probabilities, p.num_tokens, p.num_experts);
   std::atomic<int64_t> non_finite{0};
-  for_chunks(num_chunks, is_float64 ? 0 : forward_scratch_bytes(p.num_experts), [&](int64_t index, char* scratch) {
-    const GatingChunk chunk{.begin = index * kTokensPerChunk,
-                            .end = std::min((index + 1) * kTokensPerChunk, p.num_tokens),
-                            .spread = spread,
-                            .stream_selection = stream_selection,
-                            .stream_probabilities = stream_probabilities,
-                            .tokens_per_expert = counts.data() + index * p.num_experts,
-                            .probability_sum = sums.data() + index * p.num_experts,
-                            .scratch = scratch};
-    non_finite += is_float64 ? gating_float64(p, chunk) : level.forward(p, chunk);
-  });
+  for_chunks(num_chunks, is_float64 ? 0 : forward_scratch_bytes(p.num_experts), false,
+             [&](int64_t index, char* scratch) {
+               const GatingChunk chunk{.begin = index * kTokensPerChunk,
+                                       .end = std::min((index + 1) * kTokensPerChunk, p.num_tokens),
+                                       .spread = spread,
+                                       .stream_selection = stream_selection,
+                                       .stream_probabilities = stream_probabilities,
+                                       .tokens_per_expert = counts.data() + index * p.num_experts,
+                                       .probability_sum = sums.data() + index * p.num_experts,
+                                       .scratch = scratch};
+               non_finite += is_float64 ? gating_float64(p, chunk) : level.forward(p, chunk);
+             });
   is_float64 ? add_chunks<double>(p, counts, sums) : add_chunks<float>(p, counts, sums);
   return non_finite;
 }
@@ -115,7 +116,7 @@ void gating_backward_cpu(const GatingBackwardParams& p) {
   const GatingKernels& level = kernels();
   const int64_t num_chunks = (p.num_tokens + kTokensPerChunk - 1) / kTokensPerChunk;
   const size_t scratch_bytes = static_cast<size_t>(backward_scratch_floats(p.num_experts)) * sizeof(float);
-  for_chunks(num_chunks, is_float64 ? 0 : scratch_bytes, [&](int64_t index, char* scratch) {
+  for_chunks(num_chunks, is_float64 ? 0 : scratch_bytes, true, [&](int64_t index, char* scratch) {
     const int64_t begin = index * kTokensPerChunk, end = std::min(begin + kTokensPerChunk, p.num_tokens);
     if (is_float64) return gating_backward_float64(p, begin, end);
     level.backward(p, begin, end, reinterpret_cast<float*>(scratch));

@@ -23,6 +23,7 @@ void sort_block(double* keys) {
 // `size` is a multiple of 16.
 template <class L>
 void sort_keys(double* keys, int64_t size) {
+  if (size == 32) return sort_block<L, 32>(keys);
   for (int64_t i = 0; i < size; i += 16) sort_block<L, 16>(keys + i * L::kLanes);
   merge_sorted_runs(16, size, [keys](int64_t i, int64_t j) {
     for (int part = 0; part < L::kKeyParts; ++part) {
