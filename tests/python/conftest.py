@@ -5,6 +5,8 @@ DYNAMIC_MOE_CPU_ISA chooses the CPU level, as everywhere. Hypothesis draws the s
 below the best level; ``--hypothesis-profile=thorough`` draws many, other ones each time.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -16,13 +18,16 @@ IS_BEST_LEVEL = _C.cpu_isa() == _C.supported_cpu_isas()[-1]
 LEVEL_INDEPENDENT = "level_independent: does not depend on the CPU level, so it runs at the best one alone"
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
-settings.register_profile("level", settings.get_profile("ci"), max_examples=15)
+settings.register_profile("level", settings.get_profile("ci"), max_examples=20)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("ci" if IS_BEST_LEVEL else "level")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", LEVEL_INDEPENDENT)
+    # Processes side by side that each take every core wait for one another at the end of every parallel region.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
