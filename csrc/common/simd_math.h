@@ -51,7 +51,7 @@ inline typename Lanes::Floats exp_of_negative(typename Lanes::Floats x) {
   return result[0];
 }
 
-// log(x) for positive normal x, within 1 ulp (the polynomial is Cephes' logf); NaN stays NaN.
+// log(x) for positive normal x, within 1 ulp (the polynomial is Cephes' logf).
 template <class Lanes>
 inline typename Lanes::Floats log_of_positive(typename Lanes::Floats x) {
   using L = Lanes;

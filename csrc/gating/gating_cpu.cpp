@@ -52,11 +52,11 @@ void for_chunks(int64_t num_chunks, size_t scratch_bytes, bool zeroed, const Run
 }
 
 // How far below its mean log P lies where the mass p is reached, in standard deviations, if it is normal; and a little
-// more, so that few tokens have to be looked at twice (0.3% of normally distributed ones at E = 128).
+// more, so that few tokens have to be looked at twice.
 float spread_of(double p) {
   constexpr double kMargin = 0.1;
   double low = -6, high = 6;
-  for (int i = 0; i < 30; ++i) {
+  for (int i = 0; i < 16; ++i) {
     const double middle = (low + high) / 2;
     (std::erfc(-middle / std::sqrt(2.0)) / 2 < p ? low : high) = middle;
   }
@@ -90,7 +90,7 @@ int64_t gating_cpu(const GatingParams& p) {
   const int64_t num_chunks = (p.num_tokens + kTokensPerChunk - 1) / kTokensPerChunk;
   std::vector<int32_t> counts(static_cast<size_t>(num_chunks * p.num_experts));
   std::vector<double> sums(counts.size());
-  const float spread = p.is_top_p ? spread_of(p.top_p) : 0.0f;
+  const float spread = p.is_top_p && p.num_experts > 16 ? spread_of(p.top_p) : 0.0f;
   const bool stream_selection = is_streamed(p.expert_ids, p.num_tokens, p.max_experts) &&
                                 is_streamed(p.expert_weights, p.num_tokens, p.max_experts);
   const bool stream_probabilities = is_streamed(p.probabilities, p.num_tokens, p.num_experts);

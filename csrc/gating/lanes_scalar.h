@@ -22,14 +22,17 @@ inline float fused_multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
 #else
-  // The product of two floats is exact in double. The sum is rounded to odd, so that rounding it again to float gives
-  // what one rounding of the exact sum would (Boldo and Melquiond 2008).
+  // The product of two floats is exact in double. Rounding the sum to double and then to float is one rounding too many
+  // only if the first lands halfway between two floats (bit 28 and no lower one), or where floats are subnormal. There
+  // it is rounded to odd first (Boldo and Melquiond 2008).
   const double product = static_cast<double>(a) * b;
   const double sum = product + c;
-  const double back = sum - product;
-  const double error = (product - (sum - back)) + (c - back);
   uint64_t bits = same_bits<uint64_t>(sum);
-  if ((error > 0 || error < 0) && (bits & 1) == 0) bits += (error > 0) == (sum > 0) ? 1 : uint64_t(-1);
+  if ((bits & 0x1fffffff) == 0x10000000 || !(__builtin_fabs(sum) >= __FLT_MIN__)) {
+    const double back = sum - product;
+    const double error = (product - (sum - back)) + (c - back);
+    if ((error > 0 || error < 0) && (bits & 1) == 0) bits += (error > 0) == (sum > 0) ? 1 : uint64_t(-1);
+  }
   return static_cast<float>(same_bits<double>(bits));
 #endif
 }
