@@ -16,7 +16,8 @@ from benchmarks.results import QUIET, CaseResult, Row
 from benchmarks.worker import OpenedInfo, Sample, Worker
 
 SAMPLE_SECONDS = 0.04  # calls are repeated until a sample takes so long
-TORCH_PEERS = {"Python loop over experts", "Hugging Face eager", "Hugging Face grouped_mm", "F.grouped_mm composition"}
+MKL_PEERS = {"Python loop over experts", "Hugging Face grouped_mm", "F.grouped_mm composition"}
+ALLOCATOR_PEERS = {"dynamic_moe", "Hugging Face grouped_mm", "F.grouped_mm composition"}
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class WorkerPool:
         return times.user + times.system + sum(worker.cpu_seconds() for worker in self._workers.values())
 
     def stop(self) -> None:
-        """End them."""
-        for worker in self._workers.values():
-            worker.stop()
+        """End them; a worker that is asked for afterwards is a new one."""
+        while self._workers:
+            self._workers.popitem()[1].stop()
 
 
 def settings_of(case: Case, pool: WorkerPool, wanted: set[str] | None) -> dict[str, set[str] | None]:
@@ -86,12 +87,11 @@ def settings_of(case: Case, pool: WorkerPool, wanted: set[str] | None) -> dict[s
     found: dict[str, set[str] | None] = {"warm": wanted}
     if case.kind != "experts":
         return found
-    torch_peers = TORCH_PEERS if wanted is None else TORCH_PEERS & wanted
-    if case.dtype == "float32" and "mkl" in pool.settings and torch_peers:
-        found["mkl"] = torch_peers
+    if case.dtype == "float32" and "mkl" in pool.settings:
+        found["mkl"] = MKL_PEERS if wanted is None else MKL_PEERS & wanted
     if case.compare_allocators:
-        found["default"] = wanted
-    return found
+        found["default"] = ALLOCATOR_PEERS if wanted is None else ALLOCATOR_PEERS & wanted
+    return {setting: peers for setting, peers in found.items() if peers is None or peers}
 
 
 def measure_case(

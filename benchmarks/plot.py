@@ -91,6 +91,7 @@ def _work(result: CaseResult) -> str:
 def _plot_gating(cases: list[CaseResult]) -> Any:
     """Nanoseconds per token over the number of experts."""
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axes, passes in zip(panels, ("forward", "forward+backward"), strict=True):
@@ -99,7 +100,7 @@ def _plot_gating(cases: list[CaseResult]) -> Any:
             _plot_gate(axes, chosen, subject)
         axes.set(title=passes.replace("+", " + "), xlabel="experts", xscale="log", yscale="log")
         axes.set_xticks(experts := [_experts(result) for result in chosen], labels=map(str, experts), minor=False)
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("nanoseconds per token, T = 16384")

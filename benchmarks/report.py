@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.cases import DTYPES
 from benchmarks.compile import HERE
 from benchmarks.results import CaseResult, Results, Row
 from benchmarks.shapes import SHAPES
@@ -131,18 +132,38 @@ def full_report(results: Results) -> str:
 
 
 def readme_block(results: Results) -> str:
-    """The short table of the README: the expert pass, ours and the best other."""
-    rows = []
+    """The short table of the README: the expert pass, ours and the best other; then gating in a sentence."""
+    cells: dict[str, dict[str, list[str]]] = {}
+    for result in results.cases:
+        if result.kind == "experts":
+            work = result.case.removeprefix("experts/").rsplit("/", 1)[0].replace("/", ", ").replace("+", " + ")
+            cells.setdefault(work, {})[result.dtype] = _readme_cells(result)
+    empty = ["", "", ""]
+    rows = [[work, *row.get("float32", empty), *row.get("bfloat16", empty)] for work, row in cells.items()]
+    header = ["", *(name for dtype in DTYPES for name in (f"{dtype}, ms", "of the ceiling", "over the best other"))]
+    parts = [table(header, rows), _gating_sentence(results), machine_line(results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _readme_cells(result: CaseResult) -> list[str]:
+    """Milliseconds, fraction of the ceiling, and how many times faster than whom."""
+    ours, peer = result.best(ours=True), result.best(ours=False)
+    if ours is None:
+        return ["", "", ""]
+    seconds = result.spread(ours).median
+    lead = f"{result.spread(peer).median / seconds:.2f} ({peer.title})" if peer else ""
+    return [f"{1e3 * seconds:.3g}", f"{result.fraction(ours):.2f}", lead]
+
+
+def _gating_sentence(results: Results) -> str:
+    """How many times faster than PyTorch gating is."""
+    leads = []
     for result in results.cases:
         ours, peer = result.best(ours=True), result.best(ours=False)
-        if result.kind != "experts" or ours is None or peer is None:
-            continue
-        mine, other = result.spread(ours).median, result.spread(peer).median
-        work = result.case.removeprefix("experts/").replace("/", ", ").replace("+", " + ")
-        numbers = [f"{1e3 * mine:.3g}", f"{result.fraction(ours):.2f}", f"{1e3 * other:.3g}"]
-        rows.append([work, *numbers, peer.title, f"{other / mine:.2f}"])
-    header = ["", "dynamic_moe, ms", "of the ceiling", "best other, ms", "which is", "times faster"]
-    return "\n\n".join([table(header, rows), machine_line(results)])
+        if result.kind == "gating" and result.passes == "forward" and ours and peer:
+            lead = result.spread(peer).median / result.spread(ours).median
+            leads.append(f"{lead:.0f} with {result.case.split('/')[1].removeprefix('E')} experts")
+    return f"Gating with its statistics, times faster than in PyTorch: {', '.join(leads)}." if leads else ""
 
 
 def update_readme(results: Results, readme: Path = README) -> None:

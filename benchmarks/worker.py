@@ -124,7 +124,11 @@ class Worker:
     def stop(self) -> None:
         """End the process."""
         self._connection.close()
-        self._process.wait(timeout=60)
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _ask(self, name: str, *arguments: object) -> Any:
         self._connection.send((name, arguments))

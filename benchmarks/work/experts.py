@@ -32,10 +32,13 @@ def open_experts(case: Case, wanted: set[str] | None) -> Opened:
     """
     problem = make_problem(case.shape, case.dtype, case.num_tokens, case.training)
     expected = TorchLoop().prepare(problem)(problem.batches[0])
+    weights = _fingerprint(problem)
     opened = Opened(facts={"rows": problem.num_rows, "batches": len(problem.batches)})
     for peer_class in PEERS:
         if wanted is None or peer_class.name in wanted:
             _add_peer(opened, peer_class, problem, expected, _cost(case.shape, problem, case))
+            if _fingerprint(problem) != weights:
+                raise RuntimeError(f"{peer_class.name} changed the weights that all peers share")
     return opened
 
 
@@ -60,6 +63,8 @@ def _add_peer(opened: Opened, peer_class: type[Peer], problem: Problem, expected
         try:
             step = peer.prepare(problem)
             reason = _fault(step(problem.batches[0]), expected, problem)
+            for batch in problem.batches[1:]:
+                step(batch)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reason = f"failed: {str(error).splitlines()[0]}"
     if reason is None:
@@ -67,6 +72,12 @@ def _add_peer(opened: Opened, peer_class: type[Peer], problem: Problem, expected
         opened.subjects.append(Subject(peer_class.name, call, cost, len(problem.batches)))
     else:
         opened.absent[peer_class.name] = reason
+
+
+def _fingerprint(problem: Problem) -> list[int]:
+    """Changes with the weights."""
+    bits = torch.int32 if problem.dtype == torch.float32 else torch.int16
+    return [int(weight.view(bits).sum(dtype=torch.int64)) for weight in (problem.gate_up_proj, problem.down_proj)]
 
 
 def _call(step: Step, problem: Problem, index: int) -> Outputs:

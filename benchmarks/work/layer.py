@@ -47,7 +47,8 @@ def _router_weight(problem: Problem) -> Tensor:
     weight = torch.randn(shape.num_experts, shape.hidden_size, generator=generator) * shape.hidden_size**-0.5
     tokens = torch.randn(4096, shape.hidden_size, generator=generator)
     scale = scale_for_mean(tokens @ weight.T, shape.mean_experts)
-    return (weight * scale).to(problem.dtype)
+    scaled: Tensor = weight * scale
+    return scaled.to(problem.dtype)
 
 
 def _our_layer(problem: Problem, router: Tensor) -> Any:
