@@ -193,7 +193,7 @@ def print_targets(results: Results, console: Console) -> None:
         word += "" if verdict.is_ahead else "[red], behind"
         lead = f"{verdict.lead:.2f}" if verdict.lead else ""
         sign = "≥" if target.is_floor else "≤"
-        bound, reached = f"{sign} {target.bound:g}", f"{verdict.reached or 0:.2f}"
+        bound, reached = f"{sign} {target.bound:g}", f"{verdict.reached or 0:.3f}"
         grid.add_row(target.work, dtype, bound, reached, word, lead, verdict.best_peer)
     if verdicts:
         console.print(grid)

@@ -64,7 +64,7 @@ def _target_cells(verdict: Verdict) -> list[str]:
     if not verdict.is_ahead:
         met += ", **behind**"
     lead = f"{verdict.lead:.2f}" if verdict.lead else ""
-    reached = f"{verdict.reached:.2f}" + (" (prepacked)" if verdict.subject.endswith("prepacked") else "")
+    reached = f"{verdict.reached:.3f}" + (" (prepacked)" if verdict.subject.endswith("prepacked") else "")
     return [target.work, _dtype(target.case), f"{sign} {target.bound:g}", reached, met, lead, verdict.best_peer]
 
 
