@@ -18,6 +18,7 @@ struct Avx2Lanes : Avx2 {
   static Words shift_right_signed(Words v, int bits) { return _mm256_srai_epi32(v, bits); }
   static Floats to_floats(Words v) { return _mm256_cvtepi32_ps(v); }
   static Words lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  static Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
   static Floats square_root(Floats v) { return _mm256_sqrt_ps(v); }
 
   static Mask first_lanes(int count) { return as_floats(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane_numbers())); }

@@ -18,6 +18,7 @@ struct Avx512Lanes : Avx512 {
   static Words shift_right_signed(Words v, int bits) { return _mm512_srai_epi32(v, static_cast<unsigned>(bits)); }
   static Floats to_floats(Words v) { return _mm512_cvtepi32_ps(v); }
   static Words lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats square_root(Floats v) { return _mm512_sqrt_ps(v); }
 
   static Mask first_lanes(int count) { return first(count); }

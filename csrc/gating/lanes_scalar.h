@@ -49,6 +49,7 @@ struct SingleLane : ScalarLane {
   static Words shift_right_signed(Words v, int bits) { return static_cast<Words>(static_cast<int32_t>(v) >> bits); }
   static Floats to_floats(Words v) { return static_cast<float>(static_cast<int32_t>(v)); }
   static Words lane_numbers() { return 0; }
+  static Floats div(Floats a, Floats b) { return a / b; }
   static Floats square_root(Floats v) { return __builtin_sqrtf(v); }
 
   static Floats fma(Floats a, Floats b, Floats c) { return fused_multiply_add(a, b, c); }
