@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, checkpoint = prepare(given, console)
         corpus = load_corpus(settings.data, settings.context)
         trainer = Trainer(settings, corpus, folder_of(settings), checkpoint)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         Console(stderr=True).print(f"train_lm.py: error: {error}", style="red", markup=False, highlight=False)
         return 2
     introduce(console, trainer)

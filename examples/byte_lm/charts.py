@@ -65,7 +65,7 @@ def line_chart(
     log : bool
         Whether y is logarithmic; its values must be positive then.
     """
-    height, left, right, top, bottom = 300, 46, 92, 14, 40
+    height, left, right, top, bottom = 300, 56, 92, 14, 40
     series = [thinned(each) for each in series if len(each.x)]
     xs = [value for each in series for value in each.x]
     ys = [value for each in series for value in each.y]
@@ -105,8 +105,10 @@ def line_chart(
     return "\n".join(parts)
 
 
-def stacked_bars(rows: Sequence[tuple[str, Sequence[float], str]], *, title: str, width: int = 560) -> str:
-    """Draw a bar of colored shares for each (name, shares, note); share i has color i of the scale."""
+def stacked_bars(
+    rows: Sequence[tuple[str, Sequence[float], str]], levels: Sequence[int], *, title: str, width: int = 560
+) -> str:
+    """Draw a bar of colored shares for each (name, shares, note); share i has step ``levels[i]`` of the color scale."""
     bar, gap, left, right, top = 24, 10, 62, 92, 4
     height = top + len(rows) * (bar + gap)
     parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
@@ -115,7 +117,7 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[float], str]], *, title: str
         middle = y + bar / 2 + 4
         parts.append(f'<text class="tick" x="{left - 10}" y="{middle}" text-anchor="end">{escape(name)}</text>')
         x = float(left)
-        for level, share in enumerate(shares):
+        for level, share in zip(levels, shares, strict=True):
             span = share * (width - left - right)
             if span > 0:
                 parts.append(

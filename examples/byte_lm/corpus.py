@@ -87,16 +87,26 @@ def _read_path(path: Path) -> list[TextFile]:
 
 def _read_all(folder: Path, paths: list[Path]) -> list[TextFile]:
     """Read the files that are text, in the order of their names."""
-    files = [TextFile(path.relative_to(folder).as_posix(), path.read_bytes()) for path in paths]
-    return sorted((file for file in files if _is_text(file.content)), key=lambda file: file.name)
+    files = []
+    for path in paths:
+        content = _read_text(path)
+        if content:
+            files.append(TextFile(path.relative_to(folder).as_posix(), content))
+    return sorted(files, key=lambda file: file.name)
 
 
-def _is_text(content: bytes) -> bool:
+def _read_text(path: Path) -> bytes:
+    """Return what a file holds, or nothing if it is not UTF-8 text."""
+    with path.open("rb") as file:
+        content = file.read(4096)
+        if SEPARATOR in content:  # a binary file, which may be large
+            return b""
+        content += file.read()
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:
-        return False
-    return bool(content) and SEPARATOR not in content
+        return b""
+    return b"" if SEPARATOR in content else content
 
 
 def _split(files: list[TextFile]) -> tuple[list[TextFile], list[TextFile]]:

@@ -7,7 +7,6 @@ import math
 import time
 from pathlib import Path
 
-from rich.bar import Bar
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -21,7 +20,8 @@ from byte_lm.settings import Settings
 from byte_lm.training import Trainer
 
 SPARKS = "▁▂▃▄▅▆▇█"
-REFRESH_SECONDS = 0.25
+WIDTH = 36  # of bars and curves, in characters
+REFRESH_SECONDS = 0.5
 LINE_SECONDS = 10.0  # between lines where the output is not a terminal
 SPEED_SECONDS = 5.0  # over which the speed is measured
 
@@ -94,13 +94,13 @@ def panel(trainer: Trainer, speed: float) -> Panel:
     figures.add_column(style="dim")
     figures.add_column(justify="right", min_width=9)
     figures.add_column()
-    figures.add_row("loss", f"[bold]{loss[-1]:.3f}[/]", Text(sparkline(loss, 36), style="blue"))
+    figures.add_row("loss", f"[bold]{loss[-1]:.3f}[/]", Text(sparkline(loss, WIDTH), style="blue"))
     if history.eval_bits:
         figures.add_row("validation", f"[bold]{history.eval_bits[-1]:.3f}[/]", "[dim]bits per byte[/]")
     figures.add_row("speed", _count(speed), "[dim]bytes per second[/]")
     if history.experts[-1]:
         means = [_mean(experts) for experts in history.experts]
-        trend = Text(sparkline(smoothed(means, 30), 36), style="magenta")
+        trend = Text(sparkline(smoothed(means, 30), WIDTH), style="magenta")
         figures.add_row("experts per byte", f"[bold]{means[-1]:.2f}[/]", trend)
     parts: list[Table | Text | ProgressBar] = [_head(trainer), Text(), figures]
     if history.experts[-1]:
@@ -119,14 +119,18 @@ def _head(trainer: Trainer) -> Table:
 
 
 def _layers(experts: list[float], settings: Settings) -> Table:
-    """A bar for each layer; a full one would mean all experts."""
+    """A line for each layer, as long as its mean number of experts; the gray rest goes up to a round number."""
     table = Table.grid(padding=(0, 3))
     table.add_column(style="dim")
     table.add_column(justify="right", min_width=9)
-    table.add_column(width=36)
+    table.add_column()
     most = min(settings.num_experts, max(4, math.ceil(max(experts))))
     for layer, mean in enumerate(experts):
-        table.add_row(f"layer {layer + 1:<10}", f"{mean:.2f}", Bar(most, 0, mean, color="magenta"))
+        filled = round(mean / most * WIDTH)
+        bar = Text.assemble(("━" * filled, "magenta"), ("━" * (WIDTH - filled), "bright_black"))
+        if layer == 0:
+            bar.append(f"  of {most}", "dim")
+        table.add_row(f"layer {layer + 1:<10}", f"{mean:.2f}", bar)
     return table
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from byte_lm.charts import Series, heat_map, line_chart, smoothed, stacked_bars
-from byte_lm.colors import LEVELS, scale_css
+from byte_lm.colors import LEVELS, level_of, scale_css
 from byte_lm.evaluation import figures_by_class
 from byte_lm.outcome import Outcome, duration, millions
 from byte_lm.reading import text_section
 
 HERE = Path(__file__).parent
+SMOOTHING = 0.02  # of a run, over which curves are averaged
 
 
 def write_report(outcome: Outcome, path: Path) -> None:
@@ -106,7 +107,7 @@ def loss_section(outcome: Outcome) -> str:
     chart = line_chart(
         [
             Series("each step", history.step, history.bits, "var(--train)", "faint"),
-            Series("training", history.step, smoothed(history.bits, 30), "var(--train)"),
+            Series("training", history.step, smoothed(history.bits, SMOOTHING * len(history.bits)), "var(--train)"),
             Series("validation", history.eval_step, history.eval_bits, "var(--validation)", "points"),
         ],
         title=f"Loss over training, ending at {outcome.evaluation.bits_per_byte:.3f} bits per byte on validation text",
@@ -129,9 +130,9 @@ def experts_section(outcome: Outcome) -> str:
     layers = len(outcome.evaluation.experts)
     series = []
     for layer in range(layers):
-        values = smoothed([experts[layer] for experts in history.experts], 15)
+        values = smoothed([experts[layer] for experts in history.experts], SMOOTHING * len(history.step))
         series.append(Series(f"layer {layer + 1}", history.step, values, layer_color(layer, layers)))
-    means = smoothed([sum(experts) / layers for experts in history.experts], 15)
+    means = smoothed([sum(experts) / layers for experts in history.experts], SMOOTHING * len(history.step))
     series.append(Series("mean", history.step, means, "var(--text)", "bold"))
     title = "Mean experts per byte over training, by layer"
     return f"""<section class="half" id="experts">
@@ -146,19 +147,21 @@ def layers_section(outcome: Outcome) -> str:
     """How many bytes of the validation text got 1, 2, 3, ... experts in each layer."""
     experts = outcome.evaluation.experts.long()
     means = outcome.evaluation.experts_per_layer
+    most = int(experts.max())
+    bars = min(most, LEVELS)  # the last one stands for all larger numbers
+    levels = [level_of(count, 1, max(2, most)) for count in range(1, bars + 1)]
     rows = []
     for layer, counts in enumerate(experts):
-        bins = torch.bincount(counts.clamp(max=LEVELS), minlength=LEVELS + 1)[1:]
+        bins = torch.bincount(counts.clamp(max=bars), minlength=bars + 1)[1:]
         rows.append((f"layer {layer + 1}", (bins / counts.numel()).tolist(), f"mean {means[layer]:.2f}"))
-    most = int(experts.max())
     key = []
-    for level in range(min(most, LEVELS)):
-        count = f"{level + 1}+" if level + 1 == LEVELS < most else str(level + 1)
-        key.append(f'<span><i class="back{level}"></i>{count} {"expert" if level == 0 else "experts"}</span>')
+    for count, level in enumerate(levels, start=1):
+        name = f"{count}+" if count == bars < most else str(count)
+        key.append(f'<span><i class="back{level}"></i>{name} {"expert" if count == 1 else "experts"}</span>')
     return f"""<section class="half" id="layers">
 <h2>Experts per byte, layer by layer</h2>
 <p class="note">Share of the validation bytes that got one expert, two, three, and so on.</p>
-{stacked_bars(rows, title="Share of bytes by number of experts in each layer")}
+{stacked_bars(rows, levels, title="Share of bytes by number of experts in each layer")}
 <div class="key">{"".join(key)}</div>
 </section>
 """

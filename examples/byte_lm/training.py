@@ -101,8 +101,8 @@ class Trainer:
 
     @property
     def seconds_left(self) -> float:
-        """Time until the run is over at its speed so far; infinite before the first step."""
-        return self.seconds * (1 - self.progress) / self.progress if self.progress else math.inf
+        """Time until the run is over at its speed so far; infinite as long as the first steps do not tell it."""
+        return self.seconds * (1 - self.progress) / self.progress if self.step >= 5 else math.inf
 
     def run(self, after_step: Callable[[Trainer], bool]) -> None:
         """Train until the run is over or ``after_step``, called after each step, returns False."""

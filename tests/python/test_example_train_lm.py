@@ -29,6 +29,8 @@ from byte_lm.reading import text_section, text_views
 from byte_lm.settings import Settings, complete
 from byte_lm.training import FINAL_LR, Trainer, load_checkpoint, schedule
 
+pytestmark = pytest.mark.level_independent
+
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -102,9 +104,13 @@ class Elements(HTMLParser):
         self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
 
 
-@pytest.mark.parametrize("router", ["top_p", "top_k", "dense"])
-def test_a_run_learns_and_reports(router: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run_main(tmp_path, text, "--steps", "40", router=router) == 0
+@pytest.mark.parametrize(
+    ("router", "dtype"), [("top_p", "auto"), ("top_p", "float32"), ("top_k", "bfloat16"), ("dense", "auto")]
+)
+def test_a_run_learns_and_reports(
+    router: str, dtype: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_main(tmp_path, text, "--steps", "40", router=router, dtype=dtype) == 0
 
     folder = tmp_path / "runs" / "tiny"
     result = json.loads((folder / "result.json").read_text())
