@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combine and its backward pass: token by token, so that nothing is summed across threads. Memory bandwidth is all that
-// counts here: a token's rows lie far apart, so the next token's are prefetched while this one's are added.
+// counts here: a token's rows lie far apart, so the beginnings of the next token's are prefetched while this one's are
+// added.
 // Included only by files of one CPU level.
 #pragma once
 
@@ -24,6 +25,7 @@ struct Combine {
   static constexpr int64_t kBlock = kVectors * kLanes;
   static constexpr int kPartials = sizeof(Real) == 8 ? 32 : 64;  // sums of a dot product
   static constexpr int kSums = kPartials / kLanes;
+  static constexpr int kPrefetchedLines = 4;
 
   static Floats load(const T* p, int64_t left) {
     return left >= kLanes ? L::load(p) : L::load_first(p, left > 0 ? static_cast<int>(left) : 0);
@@ -53,12 +55,13 @@ struct Combine {
     return {slots, count};
   }
 
-  // The lines of a block of every row in `live`.
-  static void prefetch(const void* rows, const int32_t* slot_row, int64_t hidden_size, int64_t h, LiveSlots live) {
-    constexpr int64_t kBytes = kBlock * static_cast<int64_t>(sizeof(T));
+  // The first lines of every row in `live`: enough for the processor to see a stream and fetch the rest by itself.
+  static void prefetch(const void* rows, const int32_t* slot_row, int64_t hidden_size, LiveSlots live) {
     for (int64_t j = 0; j < live.count; ++j) {
-      const T* row = static_cast<const T*>(rows) + slot_row[live.slots[j]] * hidden_size + h;
-      for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+      const T* row = static_cast<const T*>(rows) + slot_row[live.slots[j]] * hidden_size;
+      for (int line = 0; line < kPrefetchedLines; ++line) {
+        __builtin_prefetch(reinterpret_cast<const char*>(row) + line * 64);
+      }
     }
   }
 
@@ -90,8 +93,8 @@ struct Combine {
       if (token + 1 < task.end) next = live_slots(p.slot_row, token + 1, k, following);
       T* y = static_cast<T*>(p.y) + token * p.hidden_size;
       int64_t h = 0;
+      prefetch(p.rows, p.slot_row, p.hidden_size, next);
       for (; h + kBlock <= p.hidden_size; h += kBlock) {
-        prefetch(p.rows, p.slot_row, p.hidden_size, h, next);
         add_rows<true>(p, live, h, task.stream, y);
       }
       if (h < p.hidden_size) add_rows<false>(p, live, h, task.stream, y);

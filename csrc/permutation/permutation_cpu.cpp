@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kSlotsPerBlock = 16384;              // fewer are not worth a thread
 constexpr int64_t kBytesPerTask = int64_t{256} << 10;  // of rows, in combine
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;  // results of this size leave the cache before they are read
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;   // results of this size leave the cache before they are read
 constexpr size_t kCacheLine = 64;
 
 const PermutationKernels& kernels() {

@@ -224,7 +224,7 @@ TYPED_TEST(Combine, IsTheSameOnAnyNumberOfThreadsAndEveryCpuLevel) {
   set_isa(before);
 }
 
-// Results of 16 MiB and more are written around the cache.
+// Results of 8 MiB and more are written around the cache.
 TYPED_TEST(Combine, LargeResultsAreTheSameAsSmallOnes) {
   const int64_t hidden_size = 1024;
   const int64_t num_tokens = (int64_t{17} << 20) / (hidden_size * static_cast<int64_t>(sizeof(TypeParam)));
