@@ -103,9 +103,7 @@ ScalarType scalar_type(DType dtype) {
   return ScalarType::Float;
 }
 
-ScalarType accumulator_type(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
+ScalarType accumulator_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
 Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
   if (!tensor.is_cpu()) fail(name, " must be on the CPU like the other arguments");
@@ -194,9 +192,10 @@ Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
   // Straight to the allocator's entry: through the dispatcher (torch::stable::empty) it takes several times as long,
   // and a call of one token allocates up to seven outputs.
   AtenTensorHandle handle{};
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.begin(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -44,10 +44,10 @@ Problem checked_problem(const Tensor& x_in, const Tensor& gate_up_in, const Tens
   const int64_t intermediate_size = down_proj.size(2);
   const Tensor gate_up_proj =
       checked("gate_up_proj", gate_up_in, type, {num_experts, 2 * intermediate_size, hidden_size});
-  const Tensor expert_weights =
-      checked("expert_weights", weights_in, accumulator_type(dtype), {num_tokens, kAnySize});
+  const Tensor expert_weights = checked("expert_weights", weights_in, accumulator_type(dtype), {num_tokens, kAnySize});
   const int64_t max_experts = expert_weights.size(1);
   check_range("the number of experts", num_experts, 1, std::numeric_limits<int32_t>::max() - 1);
+  check_fits_int32("the number of tokens", num_tokens);
   check_fits_int32("tokens * experts per token", num_tokens * max_experts);
   const Tensor expert_offsets = checked("expert_offsets", offsets_in, ScalarType::Int, {num_experts + 1});
   const Tensor row_token = checked("row_token", row_token_in, ScalarType::Int, {kAnySize});
@@ -55,8 +55,8 @@ Problem checked_problem(const Tensor& x_in, const Tensor& gate_up_in, const Tens
   const Tensor row_slot = checked("row_slot", row_slot_in, ScalarType::Int, {num_rows});
   check_offsets(expert_offsets, num_rows);
   check_rows(row_token, row_slot, num_tokens, max_experts);
-  return {dtype,      x,           gate_up_proj, down_proj,   expert_weights, expert_offsets, row_token,
-          row_slot,   num_tokens,  num_experts,  max_experts, num_rows,       hidden_size,    intermediate_size};
+  return {dtype,    x,          gate_up_proj, down_proj,   expert_weights, expert_offsets, row_token,
+          row_slot, num_tokens, num_experts,  max_experts, num_rows,       hidden_size,    intermediate_size};
 }
 
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gate_up_proj, const Tensor& down_proj,
@@ -97,9 +97,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
       checked("pre_activation", pre_activation_in, type, {problem.num_rows, 2 * intermediate});
 
   const Tensor dx = need_x ? empty({problem.num_tokens, hidden}, type) : empty({0}, type);
-  const Tensor d_gate_up = need_weights ? empty({problem.num_experts, 2 * intermediate, hidden}, type) : empty({0}, type);
+  const Tensor d_gate_up =
+      need_weights ? empty({problem.num_experts, 2 * intermediate, hidden}, type) : empty({0}, type);
   const Tensor d_down = need_weights ? empty({problem.num_experts, hidden, intermediate}, type) : empty({0}, type);
-  const Tensor d_weights = need_expert_weights ? empty({problem.num_tokens, problem.max_experts}, acc) : empty({0}, acc);
+  const Tensor d_weights =
+      need_expert_weights ? empty({problem.num_tokens, problem.max_experts}, acc) : empty({0}, acc);
   expert_mlp_backward_cpu({.groups = problem.groups(),
                            .row_slot = data<int32_t>(problem.row_slot),
                            .expert_weights = data(problem.expert_weights),

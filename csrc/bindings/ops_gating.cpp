@@ -86,11 +86,8 @@ GatingOutputs top_p_gating(const Tensor& logits, double top_p, int64_t max_exper
 
 GatingOutputs top_k_gating(const Tensor& logits, int64_t k, bool renormalize, double temperature,
                            const OptionalTensor& token_mask, bool check_finite) {
-  const GatingRule rule{.is_top_p = false,
-                        .top_p = 1.0,
-                        .rule = ThresholdRule::kPaper,
-                        .max_experts_name = "k",
-                        .max_experts = k};
+  const GatingRule rule{
+      .is_top_p = false, .top_p = 1.0, .rule = ThresholdRule::kPaper, .max_experts_name = "k", .max_experts = k};
   return gating(logits, rule, renormalize, temperature, token_mask, check_finite);
 }
 

@@ -20,6 +20,7 @@ Groups checked_groups(const Tensor& offsets_in, const OptionalTensor& row_token_
                       int64_t num_tokens, int64_t num_experts) {
   check_range("the number of experts", num_experts, 1, std::numeric_limits<int32_t>::max() - 1);
   check_fits_int32("the number of rows", num_rows);
+  check_fits_int32("the number of tokens", num_tokens);
   const Tensor offsets = checked("expert_offsets", offsets_in, ScalarType::Int, {num_experts + 1});
   check_offsets(offsets, num_rows);
   const OptionalTensor row_token = checked("row_token", row_token_in, ScalarType::Int, {num_rows});
@@ -89,13 +90,8 @@ Tensor grouped_matmul_dw(const Tensor& dy_in, const Tensor& x_in, const Tensor& 
   const Groups groups = checked_groups(expert_offsets, row_token, dy.size(0), x.size(0), num_experts);
 
   Tensor dw = empty({num_experts, n, k}, scalar_type(dtype));
-  grouped_matmul_dw_cpu({.groups = groups.kernel,
-                         .dy = data(dy),
-                         .x = data(x),
-                         .dw = mutable_data(dw),
-                         .n = n,
-                         .k = k,
-                         .dtype = dtype});
+  grouped_matmul_dw_cpu(
+      {.groups = groups.kernel, .dy = data(dy), .x = data(x), .dw = mutable_data(dw), .n = n, .k = k, .dtype = dtype});
   return dw;
 }
 

@@ -17,6 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permute(const Tensor& expert_
   const int64_t num_tokens = expert_ids.size(0);
   const int64_t max_experts = expert_ids.size(1);
   check_fits_int32("tokens * experts per token", num_tokens * max_experts);
+  check_fits_int32("the number of tokens", num_tokens);
   check_fits_int32("the number of experts per token", max_experts);
 
   const Tensor tokens_per_expert = empty({num_experts}, ScalarType::Int);
@@ -46,8 +47,8 @@ Tensor combine(const Tensor& rows_in, const OptionalTensor& weights_in, const Te
   const Tensor slot_row = checked("slot_row", slot_row_in, ScalarType::Int, {kAnySize, kAnySize});
   const int64_t num_tokens = slot_row.size(0);
   const int64_t max_experts = slot_row.size(1);
-  const OptionalTensor weights =
-      checked("weights", weights_in, accumulator_type(dtype), {num_tokens, max_experts});
+  const OptionalTensor weights = checked("weights", weights_in, accumulator_type(dtype), {num_tokens, max_experts});
+  check_fits_int32("the number of tokens", num_tokens);
   check_fits_int32("the number of experts per token", max_experts);
   check_elements("slot_row", slot_row, -1, rows.size(0) - 1);
 
@@ -64,8 +65,8 @@ Tensor combine(const Tensor& rows_in, const OptionalTensor& weights_in, const Te
 }
 
 std::tuple<Tensor, Tensor> combine_backward(const Tensor& dy_in, const Tensor& rows_in,
-                                            const OptionalTensor& weights_in, const Tensor& slot_row_in,
-                                            bool need_rows, bool need_weights) {
+                                            const OptionalTensor& weights_in, const Tensor& slot_row_in, bool need_rows,
+                                            bool need_weights) {
   const DType dtype = float_dtype("rows", rows_in);
   const ScalarType acc = accumulator_type(dtype);
   const Tensor rows = checked("rows", rows_in, scalar_type(dtype), {kAnySize, kAnySize});
@@ -76,6 +77,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dy_in, const Tensor& r
   const int64_t max_experts = slot_row.size(1);
   const Tensor dy = checked("dy", dy_in, scalar_type(dtype), {num_tokens, hidden_size});
   const OptionalTensor weights = checked("weights", weights_in, acc, {num_tokens, max_experts});
+  check_fits_int32("the number of tokens", num_tokens);
   check_fits_int32("the number of experts per token", max_experts);
   check_slot_row(slot_row, num_rows);  // a row that no slot names would get no gradient at all
 

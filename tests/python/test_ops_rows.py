@@ -344,3 +344,8 @@ def test_combine_backward_wants_each_row_once(slots: tuple[int, ...]) -> None:
         torch.ops.dynamic_moe.combine_backward(
             torch.randn(2, 4), torch.randn(3, 4), None, int32(*slots).view(2, 2), True, True
         )
+
+
+def test_more_tokens_than_int32_can_number_raise() -> None:
+    with pytest.raises(ValueError, match=r"the number of tokens must be at most 2147483647.*, got 1099511627776"):
+        ops.permute(torch.empty((2**40, 0), dtype=torch.int32), 3)
