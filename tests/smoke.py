@@ -2,6 +2,7 @@
 """A layer runs forward and backward from an installed package; run from a folder that does not hold the sources."""
 
 import torch
+
 from dynamic_moe import DynamicMoE
 
 

@@ -2,8 +2,8 @@
 """Fails if an object file of a CPU level defines a weak symbol.
 
 An inline function of a shared header, compiled with AVX-512 in such a file, is emitted as a weak symbol if the
-compiler does not inline it. The linker keeps one definition for the whole program and may keep that one: then code that was meant
-for any processor executes AVX-512.
+compiler does not inline it. The linker keeps one definition for the whole program and may keep that one: then code
+that was meant for any processor executes AVX-512.
 
 Usage: python check_level_objects.py <nm> <object>...
 """
