@@ -5,12 +5,13 @@
 namespace dynamic_moe {
 namespace {
 
-// exp(x), 2 units in the last place; 0 below -104, infinity above 89, NaN stays NaN.
+// exp(x), 2 units in the last place, for x in [-104, 87] and its ends beyond; NaN stays NaN. The upper end keeps 1 + exp(x)
+// and its reciprocal finite.
 template <class Simd>
 typename Simd::Floats exponential(typename Simd::Floats x) {
   using F = typename Simd::Floats;
   // min(constant, x) and max(constant, x) return x when it is NaN.
-  const F bounded = Simd::max(Simd::broadcast(-104.0f), Simd::min(Simd::broadcast(89.0f), x));
+  const F bounded = Simd::max(Simd::broadcast(-104.0f), Simd::min(Simd::broadcast(87.0f), x));
   const F n = Simd::round(Simd::mul(bounded, Simd::broadcast(1.44269504f)));
   // x - n ln 2 in two steps: the first constant has few bits, so its product is exact.
   F r = Simd::fma(n, Simd::broadcast(-0.693359375f), bounded);
@@ -27,8 +28,7 @@ typename Simd::Floats exponential(typename Simd::Floats x) {
 
 template <class Simd>
 typename Simd::Floats sigmoid(typename Simd::Floats x) {
-  const typename Simd::Floats one = Simd::broadcast(1.0f);
-  return Simd::div(one, Simd::add(one, exponential<Simd>(Simd::sub(Simd::zero(), x))));
+  return Simd::reciprocal(Simd::add(Simd::broadcast(1.0f), exponential<Simd>(Simd::sub(Simd::zero(), x))));
 }
 
 template <class Simd>

@@ -58,7 +58,7 @@ int panels_at_once(int64_t elements) {
 // Panels that a task packs: as many as fit the cache, but not so many that threads would wait for work.
 template <class C>
 int column_panels_at_once(int64_t inner, int64_t columns, int64_t experts) {
-  const int64_t fair = experts * divide_up(columns, C::kColumns) / (8 * static_cast<int64_t>(num_threads()));
+  const int64_t fair = experts * divide_up(columns, C::kColumns) / (16 * static_cast<int64_t>(num_threads()));
   return static_cast<int>(fair < 1 ? 1 : smaller(fair, panels_at_once<C>(inner)));
 }
 

@@ -312,7 +312,7 @@ void pack_rows_as_columns(const typename C::T* matrix, int64_t pitch, int column
 #pragma GCC unroll 16
       for (int n = 0; n < kLanes; ++n) {
         const typename C::T* source = row[n] + k * C::kPerWord;
-        __builtin_prefetch(source + kPrefetchLines * kLineWords * C::kPerWord);
+        __builtin_prefetch(source + kPrefetchLines * kLineWords * C::kPerWord, 0, 2);
         block[n] = load_row_words<C>(source, left);
       }
       Simd::transpose(block);

@@ -51,7 +51,7 @@ struct Avx2 {
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-  static Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+  static Floats reciprocal(Floats a) { return _mm256_div_ps(_mm256_set1_ps(1.0f), a); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }

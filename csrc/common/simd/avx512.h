@@ -45,7 +45,11 @@ struct Avx512 {
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-  static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  // For normal numbers whose reciprocal is normal: 14 bits, doubled by a step of Newton's.
+  static Floats reciprocal(Floats a) {
+    const Floats guess = _mm512_rcp14_ps(a);
+    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(a, guess, _mm512_set1_ps(2.0f)));
+  }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }

@@ -46,7 +46,7 @@ struct ScalarLane {
   static Floats add(Floats a, Floats b) { return a + b; }
   static Floats sub(Floats a, Floats b) { return a - b; }
   static Floats mul(Floats a, Floats b) { return a * b; }
-  static Floats div(Floats a, Floats b) { return a / b; }
+  static Floats reciprocal(Floats a) { return 1.0f / a; }
   static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
   static Floats min(Floats a, Floats b) { return a < b ? a : b; }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
