@@ -81,6 +81,7 @@ typename L::Floats finish_softmax(const GatingParams& p, typename L::Floats m, t
 // What a non-finite token gets.
 template <class L>
 void mark_non_finite(const GatingParams& p, const GatingChunk& chunk, const Group<L>& group) {
+  L::fence();  // over what may have been written around the cache
   for (uint32_t left = group.non_finite; left != 0; left &= left - 1) {
     const int64_t token = group.first_token + __builtin_ctz(left);
     float* probabilities = static_cast<float*>(p.probabilities) + token * p.num_experts;
