@@ -348,6 +348,59 @@ TYPED_TEST(ExpertMlp, LargeGatesMatchFloat64) {
   EXPECT_TRUE(matches(gradients.d_weights, exact_gradients.d_weights));
 }
 
+// The matrices of the last expert lie behind 2^31 elements; the experts between it and the first have no row.
+TEST(ExpertMlpSizes, ExpertsBeyond31BitsOfElements) {
+  use_standard_threads(1);
+  constexpr int64_t kHidden = 64, kInner = 32, kMatrix = kHidden * kInner, kLast = int64_t{1} << 20;
+  static_assert(kLast * kMatrix >= (int64_t{1} << 31));
+  const ExpertPass<BFloat16> near({{"2 and 3 rows", {2, 3}, 4}, kHidden, kInner}, Random(1));
+  const auto expected = near.forward();
+  const auto gradients = near.backward({true, false, false, true});
+
+  Vast<BFloat16> gate_up((kLast + 1) * 2 * kMatrix), down((kLast + 1) * kMatrix);
+  gate_up.write(0, near.gate_up.span().first(2 * kMatrix));
+  gate_up.write(kLast * 2 * kMatrix, near.gate_up.span().last(2 * kMatrix));
+  down.write(0, near.down.span().first(kMatrix));
+  down.write(kLast * kMatrix, near.down.span().last(kMatrix));
+  std::vector<int32_t> offsets(static_cast<size_t>(kLast + 2), 2);
+  offsets.front() = 0;
+  offsets.back() = 5;
+  const RowGroups groups{offsets.data(), near.ragged.row_token.data(), 5, 4, static_cast<int32_t>(kLast + 1)};
+
+  Fenced<BFloat16> y(expected.y.size()), dx(gradients.dx.size());
+  Fenced<float> d_weights(gradients.d_weights.size());
+  expert_mlp_cpu({.groups = groups,
+                  .row_slot = near.ragged.row_slot.data(),
+                  .expert_weights = near.weights.data(),
+                  .x = near.x.data(),
+                  .gate_up_proj = gate_up.data(),
+                  .down_proj = down.data(),
+                  .pre_activation = nullptr,
+                  .y = y.data(),
+                  .hidden_size = kHidden,
+                  .intermediate_size = kInner,
+                  .dtype = DType::kBFloat16});
+  EXPECT_TRUE(same_bits(y, expected.y));
+  expert_mlp_backward_cpu({.groups = groups,
+                           .row_slot = near.ragged.row_slot.data(),
+                           .expert_weights = near.weights.data(),
+                           .x = near.x.data(),
+                           .gate_up_proj = gate_up.data(),
+                           .down_proj = down.data(),
+                           .pre_activation = near.pre_activation.data(),
+                           .dy = near.dy.data(),
+                           .dx = dx.data(),
+                           .d_gate_up_proj = nullptr,
+                           .d_down_proj = nullptr,
+                           .d_expert_weights = d_weights.data(),
+                           .num_slots = near.ragged.num_slots(),
+                           .hidden_size = kHidden,
+                           .intermediate_size = kInner,
+                           .dtype = DType::kBFloat16});
+  EXPECT_TRUE(same_bits(dx, gradients.dx));
+  EXPECT_TRUE(same_bits(d_weights, gradients.d_weights));
+}
+
 // The same routing by hand: one token, two experts, numbers that a reader can follow.
 TEST(ExpertMlpByHand, OneTokenTwoExperts) {
   use_standard_threads(1);

@@ -252,5 +252,54 @@ TYPED_TEST(GroupedMatmul, AFaultyElementOfDyReachesItsOwnRowOfDwOnly) {
   expect_changes_only(problem.dw(), dw, 49, [&](int64_t line) { return line == 3 * 33 + column; });
 }
 
+// ---- more than 2^31 elements --------------------------------------------------------------------------------------
+
+// A small problem, and the same one with its tokens or its experts far apart.
+struct FarApart {
+  static constexpr int64_t kN = 64, kK = 64;
+  Products<BFloat16> near{{{"2 and 3 rows", {2, 3}, 4}, kN, kK}, Random(1)};
+  Fenced<BFloat16> y = near.forward(), dx = near.dx();
+};
+
+TEST(GroupedMatmulSizes, TokensBeyond31BitsOfElements) {
+  use_standard_threads(1);
+  constexpr int64_t kK = FarApart::kK, kStride = int64_t{1} << 24, kTokens = 3 * kStride + 1;
+  static_assert(kTokens * kK > (int64_t{1} << 31));
+  FarApart problem;
+  Vast<BFloat16> x(kTokens * kK);
+  std::vector<int32_t> row_token;
+  for (int64_t token = 0; token < 4; ++token) {
+    x.write(token * kStride * kK, problem.near.x.span().subspan(static_cast<size_t>(token * kK), kK));
+  }
+  for (const int32_t token : problem.near.ragged.row_token.span()) {
+    row_token.push_back(static_cast<int32_t>(token * kStride));
+  }
+  Fenced<BFloat16> y(problem.y.size());
+  const RowGroups groups{problem.near.ragged.expert_offsets.data(), row_token.data(), 5, kTokens, 2};
+  grouped_matmul_cpu({groups, x.data(), problem.near.weight.data(), y.data(), FarApart::kN, kK, DType::kBFloat16});
+  EXPECT_TRUE(same_bits(y, problem.y));
+}
+
+TEST(GroupedMatmulSizes, ExpertsBeyond31BitsOfElements) {
+  use_standard_threads(1);
+  constexpr int64_t kMatrix = FarApart::kN * FarApart::kK, kLast = int64_t{1} << 19;
+  static_assert(kLast * kMatrix >= (int64_t{1} << 31));
+  FarApart problem;
+  Vast<BFloat16> weight((kLast + 1) * kMatrix);
+  weight.write(0, problem.near.weight.span().first(kMatrix));
+  weight.write(kLast * kMatrix, problem.near.weight.span().last(kMatrix));
+  std::vector<int32_t> offsets(static_cast<size_t>(kLast + 2), 2);
+  offsets.front() = 0;
+  offsets.back() = 5;
+  const RowGroups groups{offsets.data(), problem.near.ragged.row_token.data(), 5, 4, static_cast<int32_t>(kLast + 1)};
+  Fenced<BFloat16> y(problem.y.size()), dx(problem.dx.size());
+  grouped_matmul_cpu(
+      {groups, problem.near.x.data(), weight.data(), y.data(), FarApart::kN, FarApart::kK, DType::kBFloat16});
+  grouped_matmul_dx_cpu(
+      {groups, problem.near.dy.data(), weight.data(), dx.data(), FarApart::kN, FarApart::kK, DType::kBFloat16});
+  EXPECT_TRUE(same_bits(y, problem.y));
+  EXPECT_TRUE(same_bits(dx, problem.dx));
+}
+
 }  // namespace
 }  // namespace dynamic_moe::testing

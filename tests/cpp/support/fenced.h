@@ -88,6 +88,28 @@ class Fenced {
   size_t payload_ = 0, offset_ = 0, count_ = 0;
 };
 
+// A buffer of any size that costs what is touched of it: zeros, until something is written.
+template <class T>
+class Vast {
+ public:
+  explicit Vast(int64_t count) : bytes_(static_cast<size_t>(count) * sizeof(T)) {
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data_ == MAP_FAILED) throw std::bad_alloc();
+  }
+  Vast(const Vast&) = delete;
+  Vast& operator=(const Vast&) = delete;
+  ~Vast() { munmap(data_, bytes_); }
+
+  T* data() { return static_cast<T*>(data_); }
+  void write(int64_t first, std::span<const T> values) {
+    std::memcpy(data() + first, values.data(), values.size_bytes());
+  }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
 // Whether two buffers hold the same bits: NaN equals itself, and 0 is not -0.
 template <class T>
 bool same_bits(std::span<const T> a, std::span<const T> b) {

@@ -17,7 +17,7 @@ struct Precision {
   double sum;       // unit roundoff of sums
   double store;     // unit roundoff of storage
   double smallest;  // half of the smallest positive number of storage
-  double flush;     // where the functions of SwiGLU may give 0 instead of a subnormal number
+  double flush;     // below this the sigmoid need not follow exp
 
   // Of a sum of `terms` products whose absolute values add up to `magnitude`. The errors of the steps have either sign,
   // so they grow like the root of their number; 8 covers short sums. One product of K left out of the sum, or one of a
@@ -35,7 +35,7 @@ template <>
 struct Storage<float> {
   static constexpr DType kDType = DType::kFloat32;
   static constexpr const char* kName = "float32";
-  static constexpr Precision kPrecision{0x1p-24, 0x1p-24, 0x1p-150, 0x1p-126};
+  static constexpr Precision kPrecision{0x1p-24, 0x1p-24, 0x1p-150, 0x1p-125};
   using Accumulator = float;
 };
 template <>
@@ -50,14 +50,14 @@ template <>
 struct Storage<BFloat16> {
   static constexpr DType kDType = DType::kBFloat16;
   static constexpr const char* kName = "bfloat16";
-  static constexpr Precision kPrecision{0x1p-24, 0x1p-8, 0x1p-134, 0x1p-126};
+  static constexpr Precision kPrecision{0x1p-24, 0x1p-8, 0x1p-134, 0x1p-125};
   using Accumulator = float;
 };
 template <>
 struct Storage<Float16> {
   static constexpr DType kDType = DType::kFloat16;
   static constexpr const char* kName = "float16";
-  static constexpr Precision kPrecision{0x1p-24, 0x1p-11, 0x1p-25, 0x1p-126};
+  static constexpr Precision kPrecision{0x1p-24, 0x1p-11, 0x1p-25, 0x1p-125};
   using Accumulator = float;
 };
 
