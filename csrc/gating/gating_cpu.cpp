@@ -75,9 +75,11 @@ void add_chunks(const GatingParams& p, const std::vector<int32_t>& counts, const
   const size_t num_experts = static_cast<size_t>(p.num_experts);
   std::vector<double> sum(num_experts);
   std::fill_n(p.tokens_per_expert, num_experts, 0);
-  for (size_t i = 0; i < counts.size(); ++i) {
-    p.tokens_per_expert[i % num_experts] += counts[i];
-    sum[i % num_experts] += sums[i];
+  for (size_t chunk = 0; chunk < counts.size(); chunk += num_experts) {
+    for (size_t e = 0; e < num_experts; ++e) {
+      p.tokens_per_expert[e] += counts[chunk + e];
+      sum[e] += sums[chunk + e];
+    }
   }
   for (size_t e = 0; e < num_experts; ++e) static_cast<Real*>(p.probability_sum)[e] = static_cast<Real>(sum[e]);
 }
