@@ -25,34 +25,40 @@ void for_each_plan(const Check& check) {
   for (const Isa isa : kAllIsas) {
     for (const bool pairs : {false, true}) {
       SCOPED_TRACE(::testing::Message() << isa_name(isa) << (pairs ? ", pairs" : ""));
-      check(isa, tile_plan(isa, pairs));
+      check(isa, pairs, tile_plan(isa, pairs));
     }
   }
 }
 
 TEST(TilePlan, LanesAreThoseOfTheVector) {
-  for_each_plan([](Isa isa, const TilePlan& plan) { EXPECT_EQ(plan.lanes, lanes(isa)); });
+  for_each_plan([](Isa isa, bool, const TilePlan& plan) { EXPECT_EQ(plan.lanes, lanes(isa)); });
 }
 
 // Sums, one vector of each column and one broadcast word are live at once; a tile that does not fit spills.
 TEST(TilePlan, FitsTheRegisters) {
-  for_each_plan([](Isa isa, const TilePlan& plan) {
+  for_each_plan([](Isa isa, bool pairs, const TilePlan& plan) {
     EXPECT_GE(plan.rows, 1);
     EXPECT_GE(plan.vectors, 1);
-    EXPECT_LE(plan.rows * plan.vectors + plan.vectors + 1, registers(isa));
+    if (isa == Isa::kAmx && pairs) {
+      // Eight tile registers of 16 rows: sums and weights of each vector, and the tokens.
+      EXPECT_LE(plan.rows, 16);
+      EXPECT_LE(2 * plan.vectors + 1, 8);
+    } else {
+      EXPECT_LE(plan.rows * plan.vectors + plan.vectors + 1, registers(isa));
+    }
   });
 }
 
 // A packed panel of the longest block stays in a second-level cache of 256 KiB, the smallest of any processor with
 // AVX2.
 TEST(TilePlan, LongestPanelFitsTheSecondLevelCache) {
-  for_each_plan([](Isa, const TilePlan& plan) {
+  for_each_plan([](Isa, bool, const TilePlan& plan) {
     EXPECT_LE(int64_t{4} * plan.block_words * plan.vectors * plan.lanes, 256 << 10);
   });
 }
 
 TEST(TilePlan, BlocksHoldWholeVectorsOfWords) {
-  for_each_plan([](Isa, const TilePlan& plan) {
+  for_each_plan([](Isa, bool, const TilePlan& plan) {
     EXPECT_GT(plan.block_words, 0);
     EXPECT_EQ(plan.block_words % plan.lanes, 0);
     EXPECT_GE(plan.few_rows, 1);
