@@ -18,13 +18,13 @@ from dynamic_moe import Routing, collect_routing
 
 # What a byte is, in the order in which the report lists it.
 BYTE_CLASSES = (
-    "first letter of a word",
-    "later letter of a word",
+    "start of a word",
+    "inside a word",
     "digit",
     "punctuation",
-    "space within a line",
+    "space",
     "indentation",
-    "end of line",
+    "line end",
     "other",
 )
 
@@ -176,13 +176,13 @@ def _byte_class(byte: int, before: int, indented: bool) -> int:
     if byte >= 128 or byte == SEPARATOR:
         name = "other"
     elif character.isalpha() or character == "_":
-        name = "later letter of a word" if word else "first letter of a word"
+        name = "inside a word" if word else "start of a word"
     elif character.isdigit():
         name = "digit"
     elif character in "\n\r":
-        name = "end of line"
+        name = "line end"
     elif character in " \t":
-        name = "indentation" if indented else "space within a line"
+        name = "indentation" if indented else "space"
     else:
         name = "punctuation"
     return BYTE_CLASSES.index(name)

@@ -54,7 +54,7 @@ def text_section(excerpt: TextFile, trace: Evaluation) -> str:
     data = {"levels": LEVELS, "views": [dataclasses.asdict(view) for view in views]}
     # "</script>" must not end the element that holds the data.
     json_text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return f"""<section class="wide" id="reading">
+    return f"""<section class="main" id="reading">
 <h2>Where the experts go</h2>
 <p class="note">The beginning of <code>{escape(excerpt.name)}</code>, which the model has never seen. Each character is
 colored by the number of experts that worked on it to predict the next one. Point at a character for its figures.</p>

@@ -29,9 +29,12 @@ def render(outcome: Outcome) -> str:
     """Return the page."""
     sections = [loss_section(outcome)]
     if outcome.routed:
+        side = f'<div class="side">{classes_section(outcome)}{sample_section(outcome)}</div>'
         sections += [experts_section(outcome), layers_section(outcome), load_section(outcome)]
-        sections += [text_section(outcome.excerpt, outcome.trace), classes_section(outcome)]
-    sections += [sample_section(outcome), settings_section(outcome)]
+        sections += [text_section(outcome.excerpt, outcome.trace), side]
+    else:
+        sections.append(sample_section(outcome))
+    sections.append(settings_section(outcome))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -69,10 +72,13 @@ def header(outcome: Outcome) -> str:
     if outcome.routed:
         headline = f"{outcome.mean_experts:.2f} experts per byte, {bits}"
         rule = {
-            "top_p": f"the fewest of {settings.num_experts} experts that the router gives {settings.top_p:.0%} in all",
-            "top_k": f"{settings.top_k} of {settings.num_experts} experts",
+            "top_p": f"as few of them as hold {settings.top_p:.0%} of it",
+            "top_k": f"the {settings.top_k} that have most of it",
         }[settings.router]
-        model = f"In each of its {settings.num_layers} layers, a byte gets {rule}."
+        model = (
+            f"In each of its {settings.num_layers} layers a router spreads its probability over {settings.num_experts} "
+            f"experts, and a byte gets {rule}."
+        )
     else:
         headline = f"{bits}, without experts"
         model = f"Each of its {settings.num_layers} layers has one SwiGLU that all bytes go through."
@@ -190,13 +196,13 @@ def classes_section(outcome: Outcome) -> str:
         f'<td class="figure">{each.bits:.2f}</td>{_bar(each.bits, most_bits, "var(--validation)")}</tr>'
         for each in figures
     ]
-    return f"""<section class="wide" id="classes">
+    return f"""<section id="classes">
 <h2>Which bytes need more</h2>
 <p class="note">The validation text by kind of byte: how many experts work on one, and how many bits the byte after it
 costs.</p>
 <table>
-<thead><tr><th>Byte</th><th class="figure">Share</th><th class="figure"></th><th>Experts per byte</th>
-<th class="figure"></th><th>Bits of the byte after it</th></tr></thead>
+<thead><tr><th>Byte</th><th class="figure">Share</th><th colspan="2">Experts</th>
+<th colspan="2">Bits, next byte</th></tr></thead>
 <tbody>{"".join(rows)}</tbody>
 </table>
 </section>
@@ -222,8 +228,8 @@ def sample_section(outcome: Outcome) -> str:
 def settings_section(outcome: Outcome) -> str:
     """The final numbers, what the run ran on, and every setting."""
     numbers = {
-        "Validation loss": f"{outcome.evaluation.bits_per_byte:.4f} bits per byte",
-        "Training loss, last 30 steps": f"{outcome.last_bits:.4f} bits per byte",
+        "Validation loss": f"{outcome.evaluation.bits_per_byte:.4f} bits/byte",
+        "Training loss, at the end": f"{outcome.last_bits:.4f} bits/byte",
         "Parameters": f"{outcome.total_parameters:,}",
         "Active parameters": f"{outcome.active_parameters:,}",
         "Steps": f"{outcome.steps:,}",

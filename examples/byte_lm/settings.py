@@ -59,7 +59,7 @@ class Settings:
     eval_sequences: int = option(64, "validation sequences per evaluation; 4 times as many at the end")
     log_interval: int = option(10, "steps between TensorBoard points")
     prompt: str = option("class ", "start of the sample")
-    sample_bytes: int = option(400, "length of the sample")
+    sample_bytes: int = option(600, "length of the sample")
     temperature: float = option(0.7, "of the sample; 0 takes the likeliest byte")
 
     def __post_init__(self) -> None:

@@ -519,19 +519,19 @@ def test_bytes_are_classified() -> None:
     content = b"if a_1:\n    x = 2 \xc3"
     names = [BYTE_CLASSES[i] for i in byte_classes(evaluation_of(content, [[1] * len(content)])).tolist()]
     first, later, space, indent = (
-        "first letter of a word",
-        "later letter of a word",
-        "space within a line",
+        "start of a word",
+        "inside a word",
+        "space",
         "indentation",
     )
-    assert names == [first, later, space, first, later, "digit", "punctuation", "end of line"] + [indent] * 4 + [
+    assert names == [first, later, space, first, later, "digit", "punctuation", "line end"] + [indent] * 4 + [
         first, space, "punctuation", space, "digit", space, "other"
     ]  # fmt: skip
 
 
 def test_figures_by_class_are_means() -> None:
     figures = {each.name: each for each in figures_by_class(evaluation_of(b"ab1", [[1, 2, 3], [3, 2, 1]]))}
-    assert figures.keys() == {"first letter of a word", "later letter of a word", "digit"}
+    assert figures.keys() == {"start of a word", "inside a word", "digit"}
     assert [each.experts for each in figures.values()] == [2, 2, 2]
     assert figures["digit"].bits == 2
     assert sum(each.share for each in figures.values()) == pytest.approx(1)
