@@ -127,3 +127,16 @@ def test_the_page_names_every_part() -> None:
         f"dynamic_moe/{part}" if part in folders else f"dynamic_moe/{part}.py" for part in PACKAGE if part != "_C"
     }
     assert wanted - words == set()
+
+
+def test_the_page_says_who_may_use_whom() -> None:
+    helpers = {"_checks", "float32_linear"}
+    tables = {f"csrc/{part}": uses for part, uses in CSRC.items() if part != "bindings"}
+    tables |= {f"dynamic_moe/{part}": uses - helpers for part, uses in PACKAGE.items() if part not in helpers | {"_C"}}
+    said = {}
+    for row in re.findall(r"^\| (`.*) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE):
+        parts, _, uses = row.split("|")
+        for part in re.findall(r"`((?:csrc|dynamic_moe)/\w+)(?:\.py)?`", parts):
+            said[part] = {word.partition(".")[0] for word in re.findall(r"`([\w.]+)`", uses)}
+    assert said.pop("csrc/bindings") == {"csrc"}
+    assert said == tables
