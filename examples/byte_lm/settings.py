@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -13,54 +14,62 @@ from typing import Any
 
 ROUTERS = ("top_p", "top_k", "dense")
 DTYPES = ("auto", "float32", "bfloat16")
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-def option(default: Any, text: str, **extra: Any) -> Any:
-    """Make a dataclass field that is also a command-line option with this help text."""
-    return field(default=default, metadata={"help": text, **extra})
+def option(group: str, default: Any, text: str, **extra: Any) -> Any:
+    """Make a dataclass field that is also a command-line option, under this heading and with this help text."""
+    return field(default=default, metadata={"group": group, "help": text, **extra})
+
+
+_run = functools.partial(option, "run")
+_model = functools.partial(option, "model", fixed=True)
+_training = functools.partial(option, "training", fixed=True)
+_watching = functools.partial(option, "watching")
 
 
 @dataclass(frozen=True)
 class Settings:
     """A run. Every field is an option of the command line; ``fixed`` ones cannot change when a run is resumed."""
 
-    name: str = option("", "name of the run, a folder in --runs-dir (default: the router and the time)")
-    runs_dir: str = option("runs", "folder that holds the runs")
-    resume: bool = option(False, "continue the run --name from its checkpoint; other options default to what it had")
-    data: str = option("", "file or folder to learn (default: the source of the Python standard library)", fixed=True)
-    minutes: float = option(0.0, "time to train for, in all; 0: no limit")
-    steps: int = option(0, "optimizer steps, in all; 0: no limit (default: 4 minutes, where there is no limit)")
-    seed: int = option(0, "of weights, batches and the sample", fixed=True)
-    device: str = option("auto", "torch device; auto: cuda if torch and this build have it, else cpu")
-    dtype: str = option("auto", "of matrix products; auto: bfloat16 where it is fast, else float32", choices=DTYPES)
-    compile: bool = option(False, "run the model through torch.compile")
+    name: str = _run("", "name of the run, a folder in --runs-dir (default: the router and the time)")
+    runs_dir: str = _run("runs", "folder that holds the runs")
+    resume: bool = _run(False, "continue the run --name from its checkpoint; other options default to what it had")
+    data: str = _run("", "file or folder to learn (default: the source of the Python standard library)", fixed=True)
+    minutes: float = _run(0.0, "time to train for, in all (default: 4, or no limit where --steps is given)")
+    steps: int = _run(0, "optimizer steps to train for, in all (default: no limit)")
+    seed: int = _run(0, "of weights, batches and the sample", fixed=True)
+    device: str = _run("auto", "torch device; auto: cuda if torch and this build have it, else cpu")
+    dtype: str = _run("auto", "of matrix products; auto: bfloat16 where it is fast, else float32", choices=DTYPES)
+    compile: bool = _run(False, "run the model through torch.compile")
 
-    router: str = option("top_p", "how experts are chosen; dense: one SwiGLU as wide as --top-k experts", fixed=True,
-                         choices=ROUTERS)  # fmt: skip
-    top_p: float = option(0.4, "probability mass that a token's experts must reach (router top_p)", fixed=True)
-    top_k: int = option(2, "experts per token (router top_k)", fixed=True)
-    num_experts: int = option(8, "experts per layer", fixed=True)
-    hidden_size: int = option(256, "width of the model", fixed=True)
-    intermediate_size: int = option(128, "width of one expert", fixed=True)
-    num_layers: int = option(4, "transformer blocks", fixed=True)
-    num_heads: int = option(4, "attention heads", fixed=True)
-    context: int = option(128, "bytes that the model sees at once", fixed=True)
+    router: str = _model(
+        "top_p", "how experts are chosen; dense: one SwiGLU as wide as --top-k experts", choices=ROUTERS
+    )
+    top_p: float = _model(0.4, "probability that a token's experts must hold (router top_p)")
+    top_k: int = _model(2, "experts per token (router top_k)")
+    num_experts: int = _model(16, "experts per layer")
+    hidden_size: int = _model(256, "width of the model")
+    intermediate_size: int = _model(128, "width of one expert")
+    num_layers: int = _model(4, "transformer blocks")
+    num_heads: int = _model(4, "attention heads")
+    context: int = _model(128, "bytes that the model sees at once")
 
-    batch_size: int = option(4, "sequences per step", fixed=True)
-    lr: float = option(3e-3, "highest learning rate", fixed=True)
-    warmup: float = option(0.05, "fraction of the run in which the learning rate rises", fixed=True)
-    weight_decay: float = option(0.1, "of matrices", fixed=True)
-    grad_clip: float = option(1.0, "largest norm of the gradient", fixed=True)
-    balance: float = option(1e-2, "weight of the load-balancing loss", fixed=True)
-    dynamic: float = option(1e-4, "weight of the dynamic loss (the router's entropy)", fixed=True)
-    router_z: float = option(1e-3, "weight of the router z-loss", fixed=True)
+    batch_size: int = _training(4, "sequences per step")
+    lr: float = _training(3e-3, "highest learning rate")
+    warmup: float = _training(0.05, "fraction of the run in which the learning rate rises")
+    weight_decay: float = _training(0.1, "of matrices")
+    grad_clip: float = _training(1.0, "largest norm of the gradient")
+    balance: float = _training(1e-2, "weight of the load-balancing loss")
+    dynamic: float = _training(1e-4, "weight of the dynamic loss, the router's entropy")
+    router_z: float = _training(1e-3, "weight of the router z-loss")
 
-    eval_interval: int = option(200, "steps between evaluations; a checkpoint is written at each")
-    eval_sequences: int = option(64, "validation sequences per evaluation; 4 times as many at the end")
-    log_interval: int = option(10, "steps between TensorBoard points")
-    prompt: str = option("class ", "start of the sample")
-    sample_bytes: int = option(600, "length of the sample")
-    temperature: float = option(0.7, "of the sample; 0 takes the likeliest byte")
+    eval_interval: int = _watching(200, "steps between evaluations; a checkpoint is written at each")
+    eval_sequences: int = _watching(64, "validation sequences per evaluation; 4 times as many at the end")
+    log_interval: int = _watching(10, "steps between TensorBoard points")
+    prompt: str = _watching("class ", "start of the sample")
+    sample_bytes: int = _watching(600, "length of the sample")
+    temperature: float = _watching(0.7, "of the sample; 0 takes the likeliest byte")
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -99,17 +108,22 @@ def parse(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="train_lm.py",
         description="Train a byte-level language model with dynamic routing on text, watch it, and get a report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
+    groups: dict[str, Any] = {}
     for each in dataclasses.fields(Settings):
+        heading = each.metadata["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
         flag, text = f"--{each.name.replace('_', '-')}", each.metadata["help"]
-        if "(default" not in text and not isinstance(each.default, bool):
-            text += f" (default: {each.default})"
         if isinstance(each.default, bool):
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            parser.add_argument(flag, type=type(each.default), choices=each.metadata.get("choices"),
-                                default=argparse.SUPPRESS, help=text, metavar=each.name.upper()[:1])  # fmt: skip
+            groups[heading].add_argument(flag, action="store_true", help=text)
+            continue
+        if "(default" not in text:
+            text += f" (default: {each.default})"
+        choices = each.metadata.get("choices")
+        metavar = None if choices else METAVARS[type(each.default)]
+        groups[heading].add_argument(flag, type=type(each.default), choices=choices, metavar=metavar, help=text)
     return vars(parser.parse_args(arguments))
 
 
