@@ -94,6 +94,14 @@ struct ForwardMany {
     return least;
   }
 
+  // A row of the next group, into the second-level cache, while the memory has little else to do.
+  static void prefetch_logits(const GatingParams& p, const GatingChunk& chunk, int64_t token) {
+    if (token >= chunk.end) return;
+    const int64_t row_bytes = p.num_experts * static_cast<int64_t>(sizeof(Logit));
+    const char* row = static_cast<const char*>(p.logits) + token * row_bytes;
+    for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+
   // Writes probabilities and collects candidates.
   static void collect(const GatingParams& p, const GatingChunk& chunk, const Group<L>& group, Floats scale,
                       Floats least, const GroupScratch<L>& scratch, Rows& rows) {
@@ -115,6 +123,7 @@ struct ForwardMany {
         for (int64_t e = 0; e < num_experts; ++e) probabilities[e] = 0.0f;
         continue;
       }
+      prefetch_logits(p, chunk, group.first_token + kLanes + lane);
       Candidates<L>::template collect<true>(rows[lane], leasts[lane], chunk.stream_probabilities, probabilities,
                                             scratch.column_sum);
       for (int tries = 0; rows[lane].mass < enough && rows[lane].found < p.max_experts; ++tries) {
