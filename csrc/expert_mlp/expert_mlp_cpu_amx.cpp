@@ -3,7 +3,14 @@
 #include "expert_mlp/level.h"
 
 namespace dynamic_moe {
+namespace {
 
-const ExpertMlpKernels kExpertMlpAmx = expert_mlp_kernels<Avx512Bf16, Isa::kAmx>();
+struct Amx : Avx512Bf16 {
+  using Tiles = AmxTiles;
+};
+
+}  // namespace
+
+const ExpertMlpKernels kExpertMlpAmx = expert_mlp_kernels<Amx, Isa::kAmx>();
 
 }  // namespace dynamic_moe

@@ -3,7 +3,14 @@
 #include "grouped_matmul/level.h"
 
 namespace dynamic_moe {
+namespace {
 
-const GroupedMatmulKernels kGroupedMatmulAmx = grouped_matmul_kernels<Avx512Bf16, Isa::kAmx>();
+struct Amx : Avx512Bf16 {
+  using Tiles = AmxTiles;
+};
+
+}  // namespace
+
+const GroupedMatmulKernels kGroupedMatmulAmx = grouped_matmul_kernels<Amx, Isa::kAmx>();
 
 }  // namespace dynamic_moe

@@ -76,14 +76,17 @@ struct InnerBlocks {
   int64_t size(int64_t b) const { return begin(b + 1) - begin(b); }
 };
 
-// The matrix of multiply_block. Its columns are the rows of storage (y = W x) ...
+// The matrix of multiply_block, whose pack() gives the address of a packed panel, in the buffer offered or elsewhere
+// (packed_panels.h). Its columns are the rows of storage (y = W x) ...
 template <class C>
 struct MatrixRows {
   const typename C::T* data;
   int64_t pitch;
 
-  void pack(int64_t column, int columns, int64_t k, int64_t elements, typename C::Word* panel) const {
+  const typename C::Word* pack(int64_t column, int columns, int64_t k, int64_t elements,
+                               typename C::Word* panel) const {
     pack_rows_as_columns<C>(data + column * pitch + k, pitch, columns, elements, panel);
+    return panel;
   }
   Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
     return {reinterpret_cast<const char*>(data + column * pitch + k), columns,
@@ -97,9 +100,11 @@ struct MatrixColumns {
   const typename C::T* data;
   int64_t pitch;
 
-  void pack(int64_t column, int columns, int64_t k, int64_t elements, typename C::Word* panel) const {
+  const typename C::Word* pack(int64_t column, int columns, int64_t k, int64_t elements,
+                               typename C::Word* panel) const {
     const typename C::T* corner = data + k * pitch + column;
     pack_columns<C>([&](int64_t i) { return corner + i * pitch; }, columns, elements, panel);
+    return panel;
   }
   Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
     return {reinterpret_cast<const char*>(data + k * pitch + column), elements,
@@ -112,6 +117,10 @@ constexpr bool kReadsAlongRows = false;
 template <class C>
 constexpr bool kReadsAlongRows<MatrixRows<C>> = true;
 
+// Whether the matrix is made of panels already (packed_panels.h).
+template <class Matrix>
+constexpr bool kIsPacked = false;
+
 // What a thread will multiply after the present block.
 template <class C, class Matrix>
 struct Upcoming {
@@ -123,7 +132,12 @@ struct Upcoming {
 template <class C, class Matrix>
 void add_regions(Stream& stream, const Matrix& matrix, const Panels<C>& panels, int64_t k, int64_t elements) {
   for (int p = 0, end; p < panels.count; p = end) {
-    for (end = p + 1; end < panels.count && panels.column[end] == panels.column[end - 1] + panels.columns(end - 1);) ++end;
+    end = p + 1;
+    if constexpr (kIsPacked<Matrix>) {
+      stream.add(matrix.region(panels.column[p], panels.columns(p), k, elements));
+      continue;
+    }
+    for (; end < panels.count && panels.column[end] == panels.column[end - 1] + panels.columns(end - 1);) ++end;
     stream.add(matrix.region(panels.column[p], panels.start[end] - panels.start[p], k, elements));
   }
 }
@@ -187,8 +201,10 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
   using Word = typename C::Word;
   const InnerBlocks<C> blocks(inner);
   const int64_t pitch = static_cast<int64_t>(panels.count) * C::kColumns;
-  const int64_t panel_words = divide_up(C::words(blocks.block), C::kLanes) * C::kLanes * C::kColumns;
-  Word* const packed = scratch<Word>(Scratch::kPanel, panel_words * panels.count);
+  const int64_t panel_words =
+      kIsPacked<Matrix> ? 0 : divide_up(C::words(blocks.block), C::kLanes) * C::kLanes * C::kColumns;
+  Word* const packed = kIsPacked<Matrix> ? nullptr : scratch<Word>(Scratch::kPanel, panel_words * panels.count);
+  const Word* panel[kMostPanels];
   Word* const space = C::kInPlace && inner % C::kPerWord == 0
                           ? nullptr
                           : scratch<Word>(Scratch::kRows, broadcast_space_words<C>());
@@ -202,10 +218,13 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
       const bool last = b + 1 == blocks.count;
       const int64_t words = C::words(blocks.size(b));
       for (int p = 0; p < panels.count; ++p) {
-        matrix.pack(panels.column[p], panels.columns(p), blocks.begin(b), blocks.size(b), packed + p * panel_words);
+        panel[p] = matrix.pack(panels.column[p], panels.columns(p), blocks.begin(b), blocks.size(b),
+                               packed + p * panel_words);
       }
       Stream stream;
-      if (!last) {
+      if (kIsPacked<Matrix> && rows <= kStreamingRows) {
+        // The tile reads memory, and asks for it itself.
+      } else if (!last) {
         add_regions<C>(stream, matrix, panels, blocks.begin(b + 1), blocks.size(b + 1));
       } else if (first_row + row_block < rows) {
         add_regions<C>(stream, matrix, panels, 0, blocks.size(0));
@@ -231,8 +250,8 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
         float* const c = blocks.count > 1 ? sums + from * pitch : sums;
         for (int p = 0; p < panels.count; ++p) {
           if (p == 1) broadcast.next[0] = nullptr;
-          tile_function<C, RowsInPlace<C>>(count, panels.vectors(p))(words, broadcast, packed + p * panel_words,
-                                                                     c + p * C::kColumns, pitch, b > 0);
+          tile_function<C, RowsInPlace<C>>(count, panels.vectors(p))(words, broadcast, panel[p], c + p * C::kColumns,
+                                                                     pitch, b > 0);
         }
         if (last) emit(first_row + from, count, c, pitch);
       }
@@ -265,6 +284,16 @@ void store_some(T* p, typename C::Simd::Floats v, int count) {
   } else {
     C::Simd::store_first(p, v, count);
   }
+}
+
+// out[n] += factor * sum for one row of emitted sums; out is the column at which the first panel begins.
+template <class C>
+void add_to_token(const Panels<C>& panels, const float* sums, float factor, float* out) {
+  using Simd = typename C::Simd;
+  const typename Simd::Floats factors = Simd::broadcast(factor);
+  for_each_vector<C>(panels, sums, [&](typename Simd::Floats v, int column, int columns, int64_t) {
+    store_some<C>(out + column, Simd::fma(v, factors, load_some<C>(out + column, columns)), columns);
+  });
 }
 
 // ---- products over the groups -------------------------------------------------------------------------------------
@@ -306,7 +335,6 @@ template <class C, class Row, class Source, class Scale>
 void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_t begin, int64_t end, int64_t inner,
                          const Row& row, const Source& source, const Scale& scale, float* total,
                          int64_t total_pitch) {
-  using Simd = typename C::Simd;
   const int most = panels_at_once<C>(inner);
   for (int64_t e = e0; e < e1; ++e) {
     const int64_t first_row = groups.expert_offsets[e];
@@ -323,11 +351,8 @@ void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_
           },
           [&](int64_t r, int count, const float* sums, int64_t pitch) {
             for (int i = 0; i < count; ++i) {
-              float* out = total + token_of_row(groups, first_row + r + i) * total_pitch + n;
-              const typename Simd::Floats factor = Simd::broadcast(scale(first_row + r + i));
-              for_each_vector<C>(panels, sums + i * pitch, [&](typename Simd::Floats v, int column, int columns, int64_t) {
-                store_some<C>(out + column, Simd::fma(v, factor, load_some<C>(out + column, columns)), columns);
-              });
+              add_to_token<C>(panels, sums + i * pitch, scale(first_row + r + i),
+                              total + token_of_row(groups, first_row + r + i) * total_pitch + n);
             }
           });
       n += panels.width();

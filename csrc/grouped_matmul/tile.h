@@ -15,6 +15,11 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLineWords = 16;     // words in a cache line
 constexpr int64_t kPrefetchLines = 8;  // how far ahead of itself packing asks for a row
 
+// A tile of so few rows, which only panels packed beforehand have, waits for memory: it asks for its panel so many steps
+// ahead (with vectors of 64 bytes: 8 kB).
+constexpr int kStreamingRows = 4;
+constexpr int kStreamingSteps = 40;
+
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -30,6 +35,7 @@ struct Config {
   static constexpr int kVectors = kPlan.vectors;
   static constexpr int kColumns = kVectors * kLanes;
   static constexpr int kPerWord = kPairs ? 2 : 1;                       // elements of the inner dimension in a word
+  static constexpr bool kTiles = kPairs && kIsa == Isa::kAmx;           // tile registers do the multiplying
   static constexpr bool kInPlace = kPairs || std::is_same_v<T, float>;  // a row of storage is a row of words
   using Word = std::conditional_t<kPairs, uint32_t, float>;
   using Vector = std::conditional_t<kPairs, typename Simd::Words, typename Simd::Floats>;
@@ -82,7 +88,7 @@ struct Region {
 // lines at each step of the multiplication, so that memory and arithmetic overlap.
 class Stream {
  public:
-  static constexpr int kMostRegions = 2;
+  static constexpr int kMostRegions = 16;
 
   void add(const Region& region) {
     if (count_ < kMostRegions && region.rows > 0) regions_[count_++] = region;
@@ -164,6 +170,10 @@ struct RowsPacked {
 
 // ---- the tile -----------------------------------------------------------------------------------------------------
 
+template <class C, class Rows, int kRows, int kVectors>
+void multiply_tile_amx(int64_t words, const Rows& rows, const uint32_t* panel, float* c, int64_t c_pitch,
+                       bool accumulate);  // amx_tile.h
+
 // c[kRows][kVectors * lanes] (+)= rows x panel over `words` steps, in ascending order.
 template <class C, class Rows, int kRows, int kVectors>
 void multiply_tile(int64_t words, const Rows& rows, const typename C::Word* panel, float* c, int64_t c_pitch,
@@ -187,6 +197,9 @@ void multiply_tile(int64_t words, const Rows& rows, const typename C::Word* pane
       for (int v = 0; v < kVectors; ++v) {
         b[v] = C::load_vector(step + v * C::kLanes);
         if constexpr (C::kLanes == 16) __builtin_prefetch(step + (8 * kVectors + v) * C::kLanes);
+        if constexpr (kRows <= kStreamingRows) {
+          __builtin_prefetch(step + (kStreamingSteps * kVectors + v) * C::kLanes, 0, 2);
+        }
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -215,7 +228,11 @@ TileFunction<C, Rows> tile_function(int rows, int vectors) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return tile_function<C, Rows, kRows - 1, kVectors>(rows, vectors);
   }
-  return multiply_tile<C, Rows, kRows, kVectors>;
+  if constexpr (C::kTiles) {
+    return multiply_tile_amx<C, Rows, kRows, kVectors>;
+  } else {
+    return multiply_tile<C, Rows, kRows, kVectors>;
+  }
 }
 
 // ---- few rows -----------------------------------------------------------------------------------------------------
@@ -420,3 +437,5 @@ constexpr int64_t broadcast_space_words() {
 
 }  // namespace
 }  // namespace dynamic_moe
+
+#include "grouped_matmul/amx_tile.h"

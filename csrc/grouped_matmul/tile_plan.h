@@ -26,12 +26,14 @@ constexpr TilePlan tile_plan(Isa isa, bool multiplies_pairs) {
       return {4, 2, 1, 1024, 1};
     case Isa::kAvx2:
       return {4, 3, 8, 1024, 8};
+    case Isa::kAmx:
+      if (multiplies_pairs) return {16, 3, 16, 1024, 16};
+      break;
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
-    case Isa::kAmx:
       break;
   }
-  return multiplies_pairs ? TilePlan{8, 3, 16, 1024, 16} : TilePlan{8, 3, 16, 1024, 16};
+  return {8, 3, 16, 1024, 16};
 }
 
 constexpr bool multiplies_pairs(Isa isa, DType dtype) {
