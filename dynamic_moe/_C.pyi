@@ -12,8 +12,19 @@ class BuildInfo(TypedDict):
     cuda: str | None
     cuda_architectures: list[str]
 
+class TilePlan(TypedDict):
+    """Of the grouped matmul; see csrc/grouped_matmul/tile_plan.h."""
+
+    rows: int
+    columns: int
+    lanes: int
+    multiplies_pairs: bool
+    block_words: int
+    few_rows: int
+
 def build_info() -> BuildInfo: ...
 def cpu_isa() -> str: ...
 def supported_cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
+def tile_plan(isa: str, dtype: str) -> TilePlan: ...
 def cuda_architectures() -> list[str]: ...

@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/isa.h"
+#include "grouped_matmul/tile_plan.h"
 
 namespace dynamic_moe {
 namespace {
@@ -53,6 +56,28 @@ std::vector<std::string> supported_cpu_isas() {
   return names;
 }
 
+// float64 has no tile: it is computed in plain C++ on every level.
+DType parse_tiled_dtype(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("dtype must be one of float32, bfloat16, float16, got '" + name + "'");
+}
+
+py::dict tile_plan_of(const std::string& isa_name, const std::string& dtype_name) {
+  const Isa isa = parse_isa(isa_name);
+  const bool pairs = multiplies_pairs(isa, parse_tiled_dtype(dtype_name));
+  const TilePlan plan = tile_plan(isa, pairs);
+  py::dict result;
+  result["rows"] = plan.rows;
+  result["columns"] = plan.vectors * plan.lanes;
+  result["lanes"] = plan.lanes;
+  result["multiplies_pairs"] = pairs;
+  result["block_words"] = plan.block_words;
+  result["few_rows"] = plan.few_rows;
+  return result;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = DYNAMIC_MOE_VERSION;
@@ -84,6 +109,8 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name)); }, py::arg("name"),
       "Use another CPU level from now on. Raises ValueError if it is unknown or not supported here.");
+  module.def("tile_plan", &tile_plan_of, py::arg("isa"), py::arg("dtype"),
+             "Register tile and cache blocks of the grouped matmul at a CPU level, compiled or not, for a data type.");
   module.def("cuda_architectures", &cuda_architectures, "CUDA architectures that this binary holds code for.");
 }
 

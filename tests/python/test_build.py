@@ -155,6 +155,30 @@ class TestCpuLevels:
 
 
 @pytest.mark.level_independent
+class TestTilePlans:
+    @pytest.mark.parametrize("isa", LEVELS)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_a_tile_is_whole_vectors_and_fits_the_registers(self, isa, dtype):
+        plan = _C.tile_plan(isa, dtype)
+        assert plan["lanes"] == {"scalar": 1, "avx2": 8}.get(isa, 16)
+        assert plan["columns"] % plan["lanes"] == 0
+        vectors = plan["columns"] // plan["lanes"]
+        # Sums, a vector of each column and a broadcast word; AMX has its own registers for the sums, 16 rows each.
+        registers = 16 if isa in ("scalar", "avx2") else 32
+        in_tiles = isa == "amx" and plan["multiplies_pairs"]
+        assert plan["rows"] <= 16 if in_tiles else plan["rows"] * vectors + vectors + 1 <= registers
+        assert plan["multiplies_pairs"] == (dtype == "bfloat16" and isa in ("avx512_bf16", "amx"))
+        assert plan["block_words"] > 0
+        assert plan["few_rows"] >= 0
+
+    def test_names_what_it_takes(self):
+        with pytest.raises(ValueError, match=r"^isa must be one of scalar, .*, got 'sse'$"):
+            _C.tile_plan("sse", "float32")
+        with pytest.raises(ValueError, match=r"^dtype must be one of float32, bfloat16, float16, got 'float64'$"):
+            _C.tile_plan("scalar", "float64")
+
+
+@pytest.mark.level_independent
 class TestBackend:
     @staticmethod
     def install(folder: Path, version: str) -> Path:
@@ -213,12 +237,20 @@ class TestBackend:
         (archive,) = tmp_path.glob("dynamic_moe-*.tar.gz")
         with tarfile.open(archive) as file:
             names = {name.partition("/")[2] for name in file.getnames()}
-        folders = ["build_support", "cmake", "csrc", "dynamic_moe", "tests"]
+        folders = ["build_support", "cmake", "csrc", "dynamic_moe", "requirements", "tests"]
         wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*")}
         wanted = {
             name for name in wanted if (ROOT / name).is_file() and not re.search(r"\.(so|pyc)$|__pycache__", name)
         }
-        wanted |= {"setup.py", "pyproject.toml", "LICENSE", "CMakeLists.txt", "CMakePresets.json", "CHANGELOG.md"}
+        wanted |= {
+            "setup.py",
+            "pyproject.toml",
+            "LICENSE",
+            "README.md",
+            "Makefile",
+            "CMakeLists.txt",
+            "CMakePresets.json",
+        }
         assert wanted - names == set()
         assert [name for name in names if re.search(r"\.(so|o|pyc)$|\.venv|^build/", name)] == []
 
