@@ -88,7 +88,7 @@ struct Backward {
         d = L::fma(minus_d_entropy, L::add(log_p, entropy), d);
       }
       d = L::mul(probability, d);
-      if (p.temperature != 1.0) d = L::div(d, L::broadcast(static_cast<float>(p.temperature)));
+      if (p.temperature != 1.0) d = L::div(d, L::broadcast(temperature_of(p.temperature)));
       if (num_experts - e >= kLanes) {
         L::store(d_logits + e, d);
       } else {

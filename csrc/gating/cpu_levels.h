@@ -16,7 +16,7 @@ constexpr int64_t kTokensPerChunk = 256;  // what one task takes; a multiple of 
 
 struct GatingChunk {
   int64_t begin, end;  // tokens; begin is a multiple of kTokensPerChunk
-  // Adds of how many standard deviations of log P below its mean, weighted by P, the experts worth sorting may lie.
+  // Experts worth sorting: log P at most this many standard deviations below its mean, both weighted by P.
   float spread;
   // Write around the cache: the buffer is too large to stay in it, and its rows are whole cache lines.
   bool stream_selection, stream_probabilities;

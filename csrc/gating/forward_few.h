@@ -112,7 +112,7 @@ struct ForwardFew {
 #pragma GCC unroll 32
     for (int e = 1; e < kExperts; ++e) largest = L::max(largest, x[e]);
     const Sums sums = sum_exponentials<0, (kExperts < 16 ? kExperts : 16)>(
-        x, largest, L::broadcast(static_cast<float>(p.temperature)), p.temperature != 1.0);
+        x, largest, L::broadcast(temperature_of(p.temperature)), p.temperature != 1.0);
     const Floats scale = finish_softmax<L>(p, largest, sums.s, sums.q, group);
     if (L::bits(group.routed) != L::bits(L::first_lanes(L::kLanes))) {
 #pragma GCC unroll 32

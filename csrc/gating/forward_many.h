@@ -47,7 +47,7 @@ struct ForwardMany {
       t.num_experts = num_experts;
       t.exponentials = scratch.exponentials + lane * stride;
       t.largest = L::broadcast(largest[lane]);
-      t.temperature = L::broadcast(static_cast<float>(p.temperature));
+      t.temperature = L::broadcast(temperature_of(p.temperature));
       t.has_temperature = p.temperature != 1.0;
       Softmax::exponentials(t, lane, sums);
     }
@@ -79,7 +79,7 @@ struct ForwardMany {
     Floats least = L::zero();
     if (few_ranks) {
       const Floats d = Softmax::distance(reduced.largest, kth_largest_of_columns(reduced.columns, p.max_experts),
-                                         L::broadcast(static_cast<float>(p.temperature)), p.temperature != 1.0);
+                                         L::broadcast(temperature_of(p.temperature)), p.temperature != 1.0);
       least = L::mul(exp_of_negative<L>(d), scale);
     }
     if (has_mass) {

@@ -10,7 +10,7 @@
 namespace dynamic_moe {
 namespace {
 
-// Views of a chunk's scratch. The last dimension is the lane.
+// Views of a chunk's scratch.
 template <class L>
 struct GroupScratch {
   double* keys;         // [padded E][lanes]
@@ -42,6 +42,13 @@ struct Group {
   uint32_t non_finite;      // one bit per lane
 };
 
+// As float32, and so that neither 0 / T nor infinity / T is NaN.
+inline float temperature_of(double temperature) {
+  return temperature < double{__FLT_MIN__}   ? __FLT_MIN__
+         : temperature > double{__FLT_MAX__} ? __FLT_MAX__
+                                             : static_cast<float>(temperature);
+}
+
 inline int clamped(int64_t count, int most) { return count < 0 ? 0 : count > most ? most : static_cast<int>(count); }
 
 template <class L>
@@ -69,7 +76,7 @@ typename L::Floats finish_softmax(const GatingParams& p, typename L::Floats m, t
   const auto scale = L::div(one, s);
   const auto log_s = log_of_positive<L>(s);
   const auto entropy = L::fma(q, scale, log_s);
-  const auto largest = p.temperature == 1.0 ? m : L::div(m, L::broadcast(static_cast<float>(p.temperature)));
+  const auto largest = p.temperature == 1.0 ? m : L::div(m, L::broadcast(temperature_of(p.temperature)));
   const auto otherwise = L::select(L::lanes(group.non_finite), L::broadcast(__builtin_nanf("")), zero);
   L::store_first(static_cast<float*>(p.entropy) + group.first_token, L::select(group.routed, entropy, otherwise),
                  group.count);

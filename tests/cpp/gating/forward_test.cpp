@@ -310,6 +310,27 @@ TYPED_TEST(Gating, AOneHotTokenHasEntropyZero) {
   }
 }
 
+// Beyond float32 on either side.
+TYPED_TEST(Gating, ExtremeTemperaturesGiveOneExpertOrAll) {
+  for (const int32_t num_experts : {3, 16, 50}) {
+    auto logits = random_logits<TypeParam>(20, num_experts, 1.0, 22);
+    for (size_t t = 0; t < 20; ++t) {  // no ties for the largest, and one expert disabled
+      logits[t * static_cast<size_t>(num_experts)] = to_logit<TypeParam>(9.0);
+      logits[t * static_cast<size_t>(num_experts) + 1] = to_logit<TypeParam>(-kInfinity);
+    }
+    const auto cold = gate(logits, num_experts, {.top_p = 0.9, .temperature = 1e-60});
+    const auto hot = gate(logits, num_experts, {.top_p = 0.999, .temperature = 1e60});
+    EXPECT_EQ(cold.non_finite, 0);
+    EXPECT_EQ(hot.non_finite, 0);
+    for (size_t t = 0; t < 20; ++t) {
+      EXPECT_THAT(cold.experts_of(static_cast<int64_t>(t)), ElementsAre(0));
+      EXPECT_EQ(cold.entropy[t], 0);
+      EXPECT_EQ(hot.experts_of(static_cast<int64_t>(t)).size(), static_cast<size_t>(num_experts - 1));
+      EXPECT_NEAR(hot.entropy[t], std::log(num_experts - 1.0), 1e-6);
+    }
+  }
+}
+
 TYPED_TEST(Gating, NoTokensGiveZeroSums) {
   const auto g = gate(std::vector<TypeParam>{}, 5, {});
   EXPECT_THAT(g.tokens_per_expert, Each(0));
