@@ -93,4 +93,9 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       "bool need_weights, bool need_expert_weights) "
       "-> (Tensor dx, Tensor d_gate_up_proj, Tensor d_down_proj, Tensor d_expert_weights)",
       tags);
+  m.def("prepack_experts(Tensor gate_up_proj, Tensor down_proj) -> Tensor", tags);
+  m.def(
+      "expert_mlp_prepacked(Tensor x, Tensor packed, SymInt intermediate_size, Tensor expert_weights, "
+      "Tensor expert_offsets, Tensor row_token, Tensor row_slot) -> Tensor",
+      tags);
 }

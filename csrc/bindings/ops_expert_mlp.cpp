@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "bindings/checks.h"
+#include "common/workspace.h"
 #include "expert_mlp/expert_mlp.h"
 
 namespace dynamic_moe::bindings {
@@ -32,6 +33,12 @@ struct Problem {
   }
 };
 
+void check_counts(int64_t num_experts, int64_t num_tokens, int64_t max_experts) {
+  check_range("the number of experts", num_experts, 1, std::numeric_limits<int32_t>::max() - 1);
+  check_fits_int32("the number of tokens", num_tokens);
+  check_fits_int32("tokens * experts per token", num_tokens * max_experts);
+}
+
 Problem checked_problem(const Tensor& x_in, const Tensor& gate_up_in, const Tensor& down_in, const Tensor& weights_in,
                         const Tensor& offsets_in, const Tensor& row_token_in, const Tensor& row_slot_in) {
   const DType dtype = float_dtype("x", x_in);
@@ -46,9 +53,7 @@ Problem checked_problem(const Tensor& x_in, const Tensor& gate_up_in, const Tens
       checked("gate_up_proj", gate_up_in, type, {num_experts, 2 * intermediate_size, hidden_size});
   const Tensor expert_weights = checked("expert_weights", weights_in, accumulator_type(dtype), {num_tokens, kAnySize});
   const int64_t max_experts = expert_weights.size(1);
-  check_range("the number of experts", num_experts, 1, std::numeric_limits<int32_t>::max() - 1);
-  check_fits_int32("the number of tokens", num_tokens);
-  check_fits_int32("tokens * experts per token", num_tokens * max_experts);
+  check_counts(num_experts, num_tokens, max_experts);
   const Tensor expert_offsets = checked("expert_offsets", offsets_in, ScalarType::Int, {num_experts + 1});
   const Tensor row_token = checked("row_token", row_token_in, ScalarType::Int, {kAnySize});
   const int64_t num_rows = row_token.size(0);
@@ -121,6 +126,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   return {dx, d_gate_up, d_down, d_weights};
 }
 
+Tensor prepack_experts(const Tensor& gate_up_in, const Tensor& down_in) {
+  const DType dtype = float_dtype("gate_up_proj", gate_up_in);
+  const Tensor down_proj = checked("down_proj", down_in, scalar_type(dtype), {kAnySize, kAnySize, kAnySize});
+  const int64_t num_experts = down_proj.size(0), hidden = down_proj.size(1), intermediate = down_proj.size(2);
+  const Tensor gate_up_proj =
+      checked("gate_up_proj", gate_up_in, scalar_type(dtype), {num_experts, 2 * intermediate, hidden});
+  check_range("the number of experts", num_experts, 1, std::numeric_limits<int32_t>::max() - 1);
+  const Tensor packed = empty({packed_experts_bytes(num_experts, hidden, intermediate, dtype)}, ScalarType::Byte);
+  advise_huge_pages(mutable_data(packed), static_cast<size_t>(packed.size(0)));
+  prepack_experts_cpu({.gate_up_proj = data(gate_up_proj),
+                       .down_proj = data(down_proj),
+                       .packed = mutable_data(packed),
+                       .num_experts = num_experts,
+                       .hidden_size = hidden,
+                       .intermediate_size = intermediate,
+                       .dtype = dtype});
+  return packed;
+}
+
+Tensor expert_mlp_prepacked(const Tensor& x_in, const Tensor& packed_in, int64_t intermediate_size,
+                            const Tensor& weights_in, const Tensor& offsets_in, const Tensor& row_token_in,
+                            const Tensor& row_slot_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const Tensor x = checked("x", x_in, scalar_type(dtype), {kAnySize, kAnySize});
+  const int64_t num_tokens = x.size(0);
+  const Tensor packed = checked("packed", packed_in, ScalarType::Byte, {kAnySize});
+  const Tensor expert_weights = checked("expert_weights", weights_in, accumulator_type(dtype), {num_tokens, kAnySize});
+  const Tensor expert_offsets = checked("expert_offsets", offsets_in, ScalarType::Int, {kAnySize});
+  const int64_t num_experts = expert_offsets.size(0) - 1;
+  check_counts(num_experts, num_tokens, expert_weights.size(1));
+  const Tensor row_token = checked("row_token", row_token_in, ScalarType::Int, {kAnySize});
+  const Tensor row_slot = checked("row_slot", row_slot_in, ScalarType::Int, {row_token.size(0)});
+  check_offsets(expert_offsets, row_token.size(0));
+  check_rows(row_token, row_slot, num_tokens, expert_weights.size(1));
+  const Tensor y = empty({num_tokens, x.size(1)}, scalar_type(dtype));
+  expert_mlp_prepacked_cpu({.groups = {.expert_offsets = data<int32_t>(expert_offsets),
+                                       .row_token = data<int32_t>(row_token),
+                                       .num_rows = row_token.size(0),
+                                       .num_tokens = num_tokens,
+                                       .num_experts = static_cast<int32_t>(num_experts)},
+                            .row_slot = data<int32_t>(row_slot),
+                            .expert_weights = data(expert_weights),
+                            .x = data(x),
+                            .packed = data(packed),
+                            .packed_bytes = packed.size(0),
+                            .y = mutable_data(y),
+                            .hidden_size = x.size(1),
+                            .intermediate_size = intermediate_size,
+                            .dtype = dtype});
+  return y;
+}
+
 }  // namespace
 }  // namespace dynamic_moe::bindings
 
@@ -128,4 +185,6 @@ STABLE_TORCH_LIBRARY_IMPL(dynamic_moe, CPU, m) {
   using namespace dynamic_moe::bindings;
   m.impl("expert_mlp", TORCH_BOX(&expert_mlp));
   m.impl("expert_mlp_backward", TORCH_BOX(&expert_mlp_backward));
+  m.impl("prepack_experts", TORCH_BOX(&prepack_experts));
+  m.impl("expert_mlp_prepacked", TORCH_BOX(&expert_mlp_prepacked));
 }

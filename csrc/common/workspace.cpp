@@ -2,6 +2,7 @@
 #include "common/workspace.h"
 
 #include <array>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -39,6 +40,17 @@ struct Buffer {
 thread_local std::array<Buffer, static_cast<size_t>(Scratch::kCount)> buffers;
 
 }  // namespace
+
+void advise_huge_pages(void* data, size_t bytes) {
+#ifdef __linux__
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(data), static_cast<void>(bytes);
+#endif
+}
 
 void* scratch_bytes(Scratch use, size_t bytes) {
   Buffer& buffer = buffers[static_cast<size_t>(use)];

@@ -9,6 +9,9 @@ namespace dynamic_moe {
 struct ExpertMlpKernels {
   void (*forward)(const ExpertMlpParams&);
   void (*backward)(const ExpertMlpBackwardParams&);
+  // `panels` is what the level makes of the packed buffer for itself: everything behind its header.
+  void (*prepack)(const PrepackExpertsParams&, void* panels);
+  void (*forward_prepacked)(const ExpertMlpPrepackedParams&, const void* panels);
 };
 
 // Defined for the levels that the build compiled (DYNAMIC_MOE_HAS_<level>).

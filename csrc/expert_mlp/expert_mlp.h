@@ -49,4 +49,40 @@ struct ExpertMlpBackwardParams {
 };
 void expert_mlp_backward_cpu(const ExpertMlpBackwardParams& params);
 
+// Inference on weights that are rearranged once, beforehand, into the order in which the kernels read them.
+//
+// The packed buffer begins with a header that says for which CPU level, dtype and sizes it was made: the order differs
+// from level to level, and a buffer works at its own level alone. It holds full panels of words: float32, float16 at
+// twice its size, bfloat16 at its own size where the level multiplies pairs and else at twice. Any float dtype but
+// float64, whose kernels read the weights as they are.
+struct PrepackExpertsParams {
+  const void* gate_up_proj;   // [E, 2I, H]
+  const void* down_proj;      // [E, H, I]
+  void* packed;               // [packed_experts_bytes], best 64-byte aligned
+  int64_t num_experts;        // E
+  int64_t hidden_size;        // H
+  int64_t intermediate_size;  // I
+  DType dtype;
+};
+// At the level in use. Both throw std::invalid_argument for float64.
+int64_t packed_experts_bytes(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, DType dtype);
+void prepack_experts_cpu(const PrepackExpertsParams& params);
+
+// y as expert_mlp_cpu computes it: the same bits for experts with more than TilePlan::few_rows rows; for those with
+// fewer, whose sums expert_mlp_cpu takes in another order, within the rounding of the sums.
+struct ExpertMlpPrepackedParams {
+  RowGroups groups;
+  const int32_t* row_slot;     // [R]
+  const void* expert_weights;  // [T, K] float32, read at row_slot[r]
+  const void* x;               // [T, H]
+  const void* packed;          // as prepack_experts_cpu wrote it
+  int64_t packed_bytes;
+  void* y;  // [T, H]
+  int64_t hidden_size;
+  int64_t intermediate_size;
+  DType dtype;  // of x, the weights that were packed, and y
+};
+// Throws std::invalid_argument where the buffer was not made for this level, this dtype and these sizes.
+void expert_mlp_prepacked_cpu(const ExpertMlpPrepackedParams& params);
+
 }  // namespace dynamic_moe

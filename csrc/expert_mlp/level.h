@@ -4,6 +4,7 @@
 
 #include "expert_mlp/cpu_levels.h"
 #include "expert_mlp/passes.h"
+#include "expert_mlp/prepacked.h"
 #include "grouped_matmul/level.h"
 
 namespace dynamic_moe {
@@ -17,6 +18,12 @@ constexpr ExpertMlpKernels expert_mlp_kernels() {
       },
       [](const ExpertMlpBackwardParams& p) {
         for_dtype<Simd, kIsa>(p.dtype, [&](auto config) { expert_mlp_backward<decltype(config)>(p); });
+      },
+      [](const PrepackExpertsParams& p, void* panels) {
+        for_dtype<Simd, kIsa>(p.dtype, [&](auto config) { prepack_experts<decltype(config)>(p, panels); });
+      },
+      [](const ExpertMlpPrepackedParams& p, const void* panels) {
+        for_dtype<Simd, kIsa>(p.dtype, [&](auto config) { expert_mlp_prepacked<decltype(config)>(p, panels); });
       },
   };
 }

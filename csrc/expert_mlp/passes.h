@@ -36,11 +36,26 @@ Panels<C> gate_and_up(const Panels<C>& gate, int64_t intermediate_size) {
   return both;
 }
 
+// out = silu(g) u for one row of sums of the gate's panels and, behind them, up's. Writes g and u to kept and kept + I
+// unless kept is null. Both point to the column at which the first panel begins.
+template <class C>
+void store_activation(const Panels<C>& gate, const float* sums, typename C::T* out, typename C::T* kept,
+                      int64_t intermediate_size) {
+  using Simd = typename C::Simd;
+  const float* up_sums = sums + gate.count * C::kColumns;
+  for_each_vector<C>(gate, sums, [&](typename Simd::Floats g, int column, int width, int64_t place) {
+    const typename Simd::Floats u = Simd::load(up_sums + place);
+    store_some<C>(out + column, swiglu<Simd>(g, u), width);
+    if (kept == nullptr) return;
+    store_some<C>(kept + column, g, width);
+    store_some<C>(kept + intermediate_size + column, u, width);
+  });
+}
+
 // activation[row - first chunk row] = silu(g) u for the chunk's experts; writes the pre-activation where wanted.
 template <class C>
 void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C::T* activation) {
   using T = typename C::T;
-  using Simd = typename C::Simd;
   const auto* x = static_cast<const T*>(p.x);
   const auto* weight = static_cast<const T*>(p.gate_up_proj);
   auto* pre_activation = static_cast<T*>(p.pre_activation);
@@ -49,7 +64,7 @@ void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C:
   const int64_t pairs = divide_up(column_panels_at_once<C>(h, 2 * i, e1 - e0), 2);
   const int64_t step = pairs * C::kColumns;
   const int64_t tasks = divide_up(i, step), all_tasks = (e1 - e0) * tasks, ahead = num_threads();
-  parallel_tasks(all_tasks, [&](int64_t index) {
+  parallel_tasks(all_tasks, p.groups.num_rows * h * i, [&](int64_t index) {
     const int64_t e = e0 + index / tasks, n = index % tasks * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
@@ -68,14 +83,7 @@ void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C:
           for (int row = 0; row < count; ++row, sums += pitch) {
             T* out = activation + (first_row - chunk_row + r + row) * i + n;
             T* kept = pre_activation == nullptr ? nullptr : pre_activation + (first_row + r + row) * 2 * i + n;
-            const float* up_sums = sums + gate.count * C::kColumns;
-            for_each_vector<C>(gate, sums, [&](typename Simd::Floats g, int column, int width, int64_t place) {
-              const typename Simd::Floats u = Simd::load(up_sums + place);
-              store_some<C>(out + column, swiglu<Simd>(g, u), width);
-              if (kept == nullptr) return;
-              store_some<C>(kept + column, g, width);
-              store_some<C>(kept + i + column, u, width);
-            });
+            store_activation<C>(gate, sums, out, kept, i);
           }
         });
   });
@@ -94,7 +102,7 @@ void expert_mlp(const ExpertMlpParams& p) {
     const int64_t chunk_row = p.groups.expert_offsets[e0];
     T* const activation = scratch<T>(Scratch::kActivation, (p.groups.expert_offsets[e1] - chunk_row) * i);
     up_projection<C>(p, e0, e1, activation);
-    parallel_tasks(shares.count(), [&](int64_t share) {
+    parallel_tasks(shares.count(), p.groups.num_rows * h * i, [&](int64_t share) {
       const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
       if (e0 == 0) zero_columns<C>(total, p.groups.num_tokens, h, begin, end);
       accumulate_by_token<C>(
@@ -129,7 +137,7 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
   const int64_t h = p.hidden_size, i = p.intermediate_size;
   const int64_t chunk_row = p.groups.expert_offsets[e0];
   const int64_t tasks = divide_up(i, step), all_tasks = (e1 - e0) * tasks, ahead = num_threads();
-  parallel_tasks(all_tasks, [&](int64_t index) {
+  parallel_tasks(all_tasks, p.groups.num_rows * h * i, [&](int64_t index) {
     const int64_t e = e0 + index / tasks, block = index % tasks, n = block * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
@@ -218,7 +226,7 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
     }
     const OuterTasks<C> gate_up_tasks(p.groups, e0, e1, d_gate_up == nullptr ? 0 : 2 * i);
     const OuterTasks<C> down_tasks(p.groups, e0, e1, d_down == nullptr ? 0 : h);
-    parallel_tasks(dx_tasks + gate_up_tasks.count() + down_tasks.count(), [&](int64_t index) {
+    parallel_tasks(dx_tasks + gate_up_tasks.count() + down_tasks.count(), experts * h * i, [&](int64_t index) {
       if (index < dx_tasks) {
         return input_gradient<C>(p, e0, e1, chunk, total, shares.begin(index), shares.begin(index + 1));
       }

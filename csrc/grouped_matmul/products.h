@@ -481,7 +481,7 @@ void grouped_matmul(const GroupedMatmulParams& p) {
   const int64_t step = column_panels_at_once<C>(p.k, p.n, p.groups.num_experts) * C::kColumns;
   const int64_t tasks = divide_up(p.n, step), all_tasks = p.groups.num_experts * tasks;
   const int64_t ahead = num_threads();  // tasks are handed out in order: the one that this thread will likely get next
-  parallel_tasks(all_tasks, [&](int64_t index) {
+  parallel_tasks(all_tasks, p.groups.num_rows * p.n * p.k, [&](int64_t index) {
     const int64_t e = index / tasks, n = index % tasks * step;
     const int64_t first_row = p.groups.expert_offsets[e];
     if (rows_of(p.groups, e) == 0) return;
@@ -515,7 +515,7 @@ void grouped_matmul_dx(const GroupedMatmulDxParams& p) {
   auto* dx = static_cast<T*>(p.dx);
   float* const total = accumulator<C>(dx, p.groups.num_tokens * p.k);
   const ColumnShares<C> shares(p.k);
-  parallel_tasks(shares.count(), [&](int64_t share) {
+  parallel_tasks(shares.count(), p.groups.num_rows * p.n * p.k, [&](int64_t share) {
     const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
     zero_columns<C>(total, p.groups.num_tokens, p.k, begin, end);
     accumulate_by_token<C>(
@@ -533,7 +533,7 @@ void grouped_matmul_dw(const GroupedMatmulDwParams& p) {
   const auto* x = static_cast<const T*>(p.x);
   auto* dw = static_cast<T*>(p.dw);
   const OuterTasks<C> tasks(p.groups, 0, p.groups.num_experts, p.n);
-  parallel_tasks(tasks.count(), [&](int64_t index) {
+  parallel_tasks(tasks.count(), p.groups.num_experts * p.n * p.k, [&](int64_t index) {
     const OuterTask task = tasks.task(index);
     T* out = dw + (task.expert * p.n + task.n) * p.k;
     const int64_t rows = rows_of(p.groups, task.expert), first_row = p.groups.expert_offsets[task.expert];
