@@ -111,7 +111,14 @@ class Buffer {
     if (bytes > size_) {
       std::free(data_);
       data_ = static_cast<std::byte*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
-      std::memset(data_, 1, bytes);
+      // Every page different: a hypervisor may keep equal pages once, and then they are read from its cache.
+      uint64_t state = 88172645463325252ull;
+      for (size_t i = 0; i + sizeof state <= bytes; i += sizeof state) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        std::memcpy(data_ + i, &state, sizeof state);
+      }
       size_ = bytes;
     }
     return data_;

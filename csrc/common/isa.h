@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which instruction set the CPU kernels use. Every level is compiled into the binary; the best one that the machine
-// and the operating system support is taken, unless DYNAMIC_MOE_CPU_ISA names another. No level is gated on another.
+// and the operating system support is taken, unless DYNAMIC_MOE_CPU_ISA names another. No level is gated on another. AMX
+// is taken only when named: its tile has been tested with a stand-in for the tile unit, never on a machine that has one.
 #pragma once
 
 #include <string>
@@ -25,7 +26,7 @@ bool isa_compiled(Isa isa);
 bool isa_supported(Isa isa);
 std::vector<Isa> supported_isas();
 
-// The level in use: DYNAMIC_MOE_CPU_ISA where set (read once, at the first call), else the best supported one.
+// The level in use: DYNAMIC_MOE_CPU_ISA where set (read once, at the first call), else the best supported one but AMX.
 // Throws std::invalid_argument when the variable names an unknown or an unsupported level.
 Isa current_isa();
 

@@ -48,4 +48,14 @@ void parallel_tasks(int64_t count, const Task& task) {
   });
 }
 
+// The same with an estimate of the whole work, in multiply-adds: little work is done on the calling thread, because
+// waking the others would take longer.
+inline constexpr int64_t kWorkWorthThreads = int64_t{1} << 16;
+
+template <class Task>
+void parallel_tasks(int64_t count, int64_t work, const Task& task) {
+  if (work >= kWorkWorthThreads) return parallel_tasks(count, task);
+  for (int64_t index = 0; index < count; ++index) task(index);
+}
+
 }  // namespace dynamic_moe
