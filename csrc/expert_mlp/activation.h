@@ -5,8 +5,8 @@
 namespace dynamic_moe {
 namespace {
 
-// exp(x), 2 units in the last place, for x in [-104, 87] and its ends beyond; NaN stays NaN. The upper end keeps 1 + exp(x)
-// and its reciprocal finite.
+// exp(x), 2 units in the last place, for x in [-104, 87] and its ends beyond; NaN stays NaN. The upper end keeps 1 +
+// exp(x) and its reciprocal finite.
 template <class Simd>
 typename Simd::Floats exponential(typename Simd::Floats x) {
   using F = typename Simd::Floats;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The register tile on AMX: up to 16 rows by up to 3 * 16 outputs of bfloat16 pairs, sixteen words at a step. The panels
-// are the ones that the vector kernels use, so only the tile differs. `C::Simd::Tiles` is the unit: the processor's own
-// (AmxTiles) or a plain C++ one that the tests use, because no machine with AMX has run this yet.
+// The register tile on AMX: up to 16 rows by up to 3 * 16 outputs of bfloat16 pairs, sixteen words at a step. The
+// panels are the ones that the vector kernels use, so only the tile differs. `C::Simd::Tiles` is the unit: the
+// processor's own (AmxTiles) or a plain C++ one that the tests use, because no machine with AMX has run this yet.
 #pragma once
 
 #include "common/types.h"

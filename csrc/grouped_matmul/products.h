@@ -15,7 +15,7 @@
 namespace dynamic_moe {
 namespace {
 
-constexpr int kMostPanels = 16;           // panels that a task packs at once
+constexpr int kMostPanels = 16;          // panels that a task packs at once
 constexpr int64_t kPanelBytes = 400000;  // of the second-level cache that packed panels may take
 constexpr int kMostFewRows = 32;         // no level's few_rows exceeds this
 constexpr int64_t kRowBlock = 512;       // rows whose partial sums are kept while the inner dimension is walked
@@ -90,7 +90,8 @@ struct MatrixRows {
   }
   Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
     return {reinterpret_cast<const char*>(data + column * pitch + k), columns,
-            elements * static_cast<int64_t>(sizeof(typename C::T)), pitch * static_cast<int64_t>(sizeof(typename C::T))};
+            elements * static_cast<int64_t>(sizeof(typename C::T)),
+            pitch * static_cast<int64_t>(sizeof(typename C::T))};
   }
 };
 
@@ -185,8 +186,8 @@ void multiply_few_rows(int64_t rows, const Panels<C>& panels, int64_t inner, con
 }
 
 // rows x panels. row(r) is the storage of row r; after() gives the panels and the matrix that this thread will likely
-// multiply next (no panels: unknown). emit(r, count, sums, pitch) receives `count` finished rows: panel p's columns start
-// at sums + p * C::kColumns.
+// multiply next (no panels: unknown). emit(r, count, sums, pitch) receives `count` finished rows: panel p's columns
+// start at sums + p * C::kColumns.
 template <class C, class Row, class Matrix, class After, class Emit>
 void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const Row& row, const Matrix& matrix,
                     const After& after, const Emit& emit) {
@@ -205,9 +206,8 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
       kIsPacked<Matrix> ? 0 : divide_up(C::words(blocks.block), C::kLanes) * C::kLanes * C::kColumns;
   Word* const packed = kIsPacked<Matrix> ? nullptr : scratch<Word>(Scratch::kPanel, panel_words * panels.count);
   const Word* panel[kMostPanels];
-  Word* const space = C::kInPlace && inner % C::kPerWord == 0
-                          ? nullptr
-                          : scratch<Word>(Scratch::kRows, broadcast_space_words<C>());
+  Word* const space =
+      C::kInPlace && inner % C::kPerWord == 0 ? nullptr : scratch<Word>(Scratch::kRows, broadcast_space_words<C>());
   const int64_t row_block = blocks.count > 1 ? kRowBlock : rows;
   float* const sums = scratch<float>(Scratch::kTile, (blocks.count > 1 ? kRowBlock + C::kRows : C::kRows) * pitch);
 
@@ -218,8 +218,8 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
       const bool last = b + 1 == blocks.count;
       const int64_t words = C::words(blocks.size(b));
       for (int p = 0; p < panels.count; ++p) {
-        panel[p] = matrix.pack(panels.column[p], panels.columns(p), blocks.begin(b), blocks.size(b),
-                               packed + p * panel_words);
+        panel[p] =
+            matrix.pack(panels.column[p], panels.columns(p), blocks.begin(b), blocks.size(b), packed + p * panel_words);
       }
       Stream stream;
       if (kIsPacked<Matrix> && rows <= kStreamingRows) {
@@ -243,8 +243,8 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
           const int64_t upcoming = block_rows * (g + 1) / groups;
           const int64_t most = block_rows * (g + 2) / groups - upcoming;
           for (int r = 0; r < C::kRows; ++r) {
-            broadcast.next[r] = reinterpret_cast<const Word*>(
-                row(first_row + upcoming + smaller(r, most - 1)) + blocks.begin(b));
+            broadcast.next[r] =
+                reinterpret_cast<const Word*>(row(first_row + upcoming + smaller(r, most - 1)) + blocks.begin(b));
           }
         }
         float* const c = blocks.count > 1 ? sums + from * pitch : sums;
@@ -259,8 +259,8 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
   }
 }
 
-// Calls body(v, column, count, place) for each vector of a row of emitted sums: `count` columns from `column` on, counted
-// from the first panel's first; `place` is where in the row of sums they lie.
+// Calls body(v, column, count, place) for each vector of a row of emitted sums: `count` columns from `column` on,
+// counted from the first panel's first; `place` is where in the row of sums they lie.
 template <class C, class Body>
 void for_each_vector(const Panels<C>& panels, const float* sums, const Body& body) {
   for (int p = 0; p < panels.count; ++p) {
@@ -320,8 +320,7 @@ class ColumnShares {
   int64_t count() const { return count_; }
   int64_t begin(int64_t share) const {
     const int64_t part = share - whole_;
-    const int64_t vectors =
-        part <= 0 ? share * C::kVectors : whole_ * C::kVectors + left_ * part / (count_ - whole_);
+    const int64_t vectors = part <= 0 ? share * C::kVectors : whole_ * C::kVectors + left_ * part / (count_ - whole_);
     return smaller(vectors * C::kLanes, width_);
   }
 
@@ -333,8 +332,7 @@ class ColumnShares {
 // source(e): a MatrixRows or MatrixColumns of expert e's matrix.
 template <class C, class Row, class Source, class Scale>
 void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_t begin, int64_t end, int64_t inner,
-                         const Row& row, const Source& source, const Scale& scale, float* total,
-                         int64_t total_pitch) {
+                         const Row& row, const Source& source, const Scale& scale, float* total, int64_t total_pitch) {
   const int most = panels_at_once<C>(inner);
   for (int64_t e = e0; e < e1; ++e) {
     const int64_t first_row = groups.expert_offsets[e];
@@ -417,9 +415,10 @@ void outer_products(int64_t rows, int n_count, int64_t width, const RowA& a, con
         if (block + 1 < blocks.count) continue;
         for (int i = 0; i < C::kRows && n + i < n_count; ++i) {
           typename C::T* const target = out + (n + i) * pitch + h;
-          for_each_vector<C>(panels, c + i * C::kColumns, [&](typename C::Simd::Floats v, int column, int count, int64_t) {
-            store_some<C>(target + column, v, count);
-          });
+          for_each_vector<C>(panels, c + i * C::kColumns,
+                             [&](typename C::Simd::Floats v, int column, int count, int64_t) {
+                               store_some<C>(target + column, v, count);
+                             });
         }
       }
     }
@@ -499,9 +498,10 @@ void grouped_matmul(const GroupedMatmulParams& p) {
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int i = 0; i < count; ++i) {
             T* out = y + (first_row + r + i) * p.n + n;
-            for_each_vector<C>(current.panels, sums + i * pitch, [&](typename C::Simd::Floats v, int column, int width, int64_t) {
-              store_some<C>(out + column, v, width);
-            });
+            for_each_vector<C>(current.panels, sums + i * pitch,
+                               [&](typename C::Simd::Floats v, int column, int width, int64_t) {
+                                 store_some<C>(out + column, v, width);
+                               });
           }
         });
   });
@@ -520,8 +520,8 @@ void grouped_matmul_dx(const GroupedMatmulDxParams& p) {
     zero_columns<C>(total, p.groups.num_tokens, p.k, begin, end);
     accumulate_by_token<C>(
         p.groups, 0, p.groups.num_experts, begin, end, p.n, [&](int64_t r) { return dy + r * p.n; },
-        [&](int64_t e) { return MatrixColumns<C>{weight + e * p.n * p.k, p.k}; },
-        [](int64_t) { return 1.0f; }, total, p.k);
+        [&](int64_t e) { return MatrixColumns<C>{weight + e * p.n * p.k, p.k}; }, [](int64_t) { return 1.0f; }, total,
+        p.k);
     if constexpr (!std::is_same_v<T, float>) convert_columns<C>(total, dx, p.groups.num_tokens, p.k, begin, end);
   });
 }

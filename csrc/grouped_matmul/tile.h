@@ -15,8 +15,8 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLineWords = 16;     // words in a cache line
 constexpr int64_t kPrefetchLines = 8;  // how far ahead of itself packing asks for a row
 
-// A tile of so few rows, which only panels packed beforehand have, waits for memory: it asks for its panel so many steps
-// ahead (with vectors of 64 bytes: 8 kB).
+// A tile of so few rows, which only panels packed beforehand have, waits for memory: it asks for its panel so many
+// steps ahead (with vectors of 64 bytes: 8 kB).
 constexpr int kStreamingRows = 4;
 constexpr int kStreamingSteps = 40;
 
@@ -286,8 +286,8 @@ void dot_tile(int64_t elements, const typename C::T* const* row, const typename 
 }
 
 template <class C>
-using DotFunction = void (*)(int64_t, const typename C::T* const*, const typename C::T*, int64_t,
-                             const typename C::T*, float*, int64_t);
+using DotFunction = void (*)(int64_t, const typename C::T* const*, const typename C::T*, int64_t, const typename C::T*,
+                             float*, int64_t);
 
 template <class C, int kRows = kDotRows>
 DotFunction<C> dot_function(int rows) {
@@ -369,7 +369,8 @@ void pack_columns(const Row& row, int columns, int64_t elements, typename C::Wor
     const typename C::T* odd = C::kPairs && k + 1 < elements ? row(k + 1) : nullptr;
     for (int v = 0; v < vectors; ++v, panel += kLanes) {
       const int first = v * kLanes;
-      C::store_vector(panel, load_column_words<C>(even + first, odd == nullptr ? nullptr : odd + first, columns - first));
+      C::store_vector(panel,
+                      load_column_words<C>(even + first, odd == nullptr ? nullptr : odd + first, columns - first));
     }
   }
 }
@@ -388,8 +389,7 @@ void pack_broadcast_columns(const Row& row, int columns, int64_t elements, typen
         const int column = first + n;
         const int count = column < columns ? columns - column : 0;
         const int start = column < columns ? column : 0;
-        C::store_vector(step + n,
-                        load_column_words<C>(even + start, odd == nullptr ? nullptr : odd + start, count));
+        C::store_vector(step + n, load_column_words<C>(even + start, odd == nullptr ? nullptr : odd + start, count));
       }
 #pragma GCC unroll 4
       for (int n = 0; n < kWidth; n += C::kRows) {

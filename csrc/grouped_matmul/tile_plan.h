@@ -10,8 +10,8 @@
 namespace dynamic_moe {
 
 // A register tile is `rows` tokens by `vectors * lanes` outputs. The outputs' side is packed once per group into panels
-// of [words][vectors * lanes] that stay in the second-level cache; the tokens' side is broadcast word by word from where
-// it lies. A word is 32 bits: one float32, or two bfloat16 where the processor multiplies pairs.
+// of [words][vectors * lanes] that stay in the second-level cache; the tokens' side is broadcast word by word from
+// where it lies. A word is 32 bits: one float32, or two bfloat16 where the processor multiplies pairs.
 struct TilePlan {
   int rows;
   int vectors;

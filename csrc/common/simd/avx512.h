@@ -22,7 +22,9 @@ struct Avx512 {
   static Floats load(const float* p) { return _mm512_loadu_ps(p); }
   static Words load_words(const void* p) { return _mm512_loadu_si512(p); }
   static Floats load(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static Floats load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Floats load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
 
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
   static void store_words(void* p, Words v) { _mm512_storeu_si512(p, v); }
@@ -32,12 +34,16 @@ struct Avx512 {
   }
 
   static Floats load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
-  static Floats load_first(const BFloat16* p, int count) { return widen_bf16(_mm256_maskz_loadu_epi16(first(count), p)); }
+  static Floats load_first(const BFloat16* p, int count) {
+    return widen_bf16(_mm256_maskz_loadu_epi16(first(count), p));
+  }
   static Floats load_first(const Float16* p, int count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
   }
   static void store_first(float* p, Floats v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
-  static void store_first(BFloat16* p, Floats v, int count) { _mm256_mask_storeu_epi16(p, first(count), narrow_bf16(v)); }
+  static void store_first(BFloat16* p, Floats v, int count) {
+    _mm256_mask_storeu_epi16(p, first(count), narrow_bf16(v));
+  }
   static void store_first(Float16* p, Floats v, int count) {
     _mm256_mask_storeu_epi16(p, first(count), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }

@@ -93,7 +93,8 @@ void expect_product(int64_t words, bool accumulate) {
   uint32_t nan_pair;
   std::memcpy(&nan_pair, &nan, sizeof nan_pair);
 
-  std::vector<uint32_t> a(static_cast<size_t>(16 * words)), panel(static_cast<size_t>((words + 16) * kColumns), nan_pair);
+  std::vector<uint32_t> a(static_cast<size_t>(16 * words)),
+      panel(static_cast<size_t>((words + 16) * kColumns), nan_pair);
   for (auto& pair : a) pair = random_pair(generator);
   for (int64_t i = 0; i < words * kColumns; ++i) panel[static_cast<size_t>(i)] = random_pair(generator);
   std::vector<float> c(16 * kPitch, 3.0f);
