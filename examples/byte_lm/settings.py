@@ -67,7 +67,7 @@ class Settings:
     eval_interval: int = _watching(200, "steps between evaluations; a checkpoint is written at each")
     eval_sequences: int = _watching(64, "validation sequences per evaluation; 4 times as many at the end")
     log_interval: int = _watching(10, "steps between TensorBoard points")
-    prompt: str = _watching("class ", "start of the sample")
+    prompt: str = _watching("def ", "start of the sample")
     sample_bytes: int = _watching(600, "length of the sample")
     temperature: float = _watching(0.7, "of the sample; 0 takes the likeliest byte")
 
