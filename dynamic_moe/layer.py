@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer: a router, its experts, and optionally an expert that all tokens share."""
 
-from typing import Literal, overload
+from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,33 @@ class DynamicMoE(nn.Module):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+
+    def prepack(self) -> Self:
+        """Pack the weights of the experts, and of the shared expert, for inference on the CPU.
+
+        See :meth:`SwiGLUExperts.prepack <dynamic_moe.experts.prepack.Prepackable.prepack>` for when the packed copy is
+        used, what it costs and when it is dropped.
+
+        Returns
+        -------
+        DynamicMoE
+            This layer.
+
+        Raises
+        ------
+        ValueError
+            If the weights are float64, or not on the CPU.
+
+        Examples
+        --------
+        >>> layer = DynamicMoE(hidden_size=64, intermediate_size=128, num_experts=8).eval().prepack()
+        >>> with torch.no_grad():
+        ...     y = layer(torch.randn(5, 64))
+        """
+        self.experts.prepack()
+        if self.shared_expert is not None:
+            self.shared_expert.prepack()
+        return self
 
     @overload
     def forward(

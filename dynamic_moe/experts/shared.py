@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from dynamic_moe import ops
 from dynamic_moe._checks import check_positive, check_std, flatten_tokens
+from dynamic_moe.experts.prepack import Prepackable
 from dynamic_moe.experts.swiglu import check_same_dtype
 from dynamic_moe.float32_linear import float32_linear
 
 
-class SharedExpert(nn.Module):
+class SharedExpert(Prepackable):
     r"""One expert for all tokens (Dai et al. 2024, eq. 9), optionally scaled by a sigmoid gate (Qwen1.5-MoE).
 
     Runs on the same fused operator as the routed experts, as one expert that is always selected: the gate is the
@@ -77,10 +78,16 @@ class SharedExpert(nn.Module):
         x_TH = flatten_tokens(x, self.hidden_size)
         check_same_dtype(x, self.gate_up_proj)
         ids_T1 = torch.zeros(x_TH.shape[0], 1, dtype=torch.int32, device=x.device)
-        y_TH = ops.expert_mlp(
-            x_TH, self.gate_up_proj.unsqueeze(0), self.down_proj.unsqueeze(0), ids_T1, self._weights(x_TH)
-        )
+        weights_T1 = self._weights(x_TH)
+        packed = self._packed_for(x_TH, weights_T1)
+        if packed is not None:
+            y_TH = ops.expert_mlp_prepacked(x_TH, packed, ids_T1, weights_T1)
+        else:
+            y_TH = ops.expert_mlp(x_TH, *self._stacked_weights(), ids_T1, weights_T1)
         return y_TH.reshape(x.shape)
+
+    def _stacked_weights(self) -> tuple[Tensor, Tensor]:
+        return self.gate_up_proj.unsqueeze(0), self.down_proj.unsqueeze(0)
 
     def _weights(self, x_TH: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TH.dtype, torch.float32)

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from dynamic_moe import ops
 from dynamic_moe._checks import check_positive, check_std, flatten_tokens
+from dynamic_moe.experts.prepack import Prepackable
 
 
-class SwiGLUExperts(nn.Module):
+class SwiGLUExperts(Prepackable):
     r"""E experts, each :math:`W_d (\operatorname{silu}(W_g x) \odot W_u x)` (Shazeer 2020), without biases.
 
     Usable on its own: ``forward`` is called as the experts of Hugging Face Transformers are, and the weights have the
@@ -85,14 +86,16 @@ class SwiGLUExperts(nn.Module):
         _check_slots(x, expert_ids, expert_weights)
         check_same_dtype(x, self.gate_up_proj)
         num_slots = expert_ids.shape[-1]
-        y_TH = ops.expert_mlp(
-            x_TH,
-            self.gate_up_proj,
-            self.down_proj,
-            expert_ids.reshape(-1, num_slots),
-            expert_weights.reshape(-1, num_slots),
-        )
+        ids_TK, weights_TK = expert_ids.reshape(-1, num_slots), expert_weights.reshape(-1, num_slots)
+        packed = self._packed_for(x_TH, weights_TK)
+        if packed is not None:
+            y_TH = ops.expert_mlp_prepacked(x_TH, packed, ids_TK, weights_TK)
+        else:
+            y_TH = ops.expert_mlp(x_TH, self.gate_up_proj, self.down_proj, ids_TK, weights_TK)
         return y_TH.reshape(x.shape)
+
+    def _stacked_weights(self) -> tuple[Tensor, Tensor]:
+        return self.gate_up_proj, self.down_proj
 
     def extra_repr(self) -> str:
         """Sizes."""

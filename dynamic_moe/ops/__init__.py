@@ -14,15 +14,19 @@ from dynamic_moe.ops._expert_mlp import expert_mlp
 from dynamic_moe.ops._gating import Gating, top_k_gating, top_p_gating
 from dynamic_moe.ops._grouped_matmul import grouped_matmul
 from dynamic_moe.ops._permutation import Permutation, combine, permute
+from dynamic_moe.ops._prepack import PackedExperts, expert_mlp_prepacked, prepack_experts
 
 __all__ = [
     "Gating",
+    "PackedExperts",
     "Permutation",
     "checked_mode",
     "combine",
     "expert_mlp",
+    "expert_mlp_prepacked",
     "grouped_matmul",
     "permute",
+    "prepack_experts",
     "sac_save_ops",
     "set_checked_mode",
     "top_k_gating",

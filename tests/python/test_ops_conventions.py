@@ -27,11 +27,13 @@ OPERATORS = [
     "combine_backward",
     "expert_mlp",
     "expert_mlp_backward",
+    "expert_mlp_prepacked",
     "gating_backward",
     "grouped_matmul",
     "grouped_matmul_dw",
     "grouped_matmul_dx",
     "permute",
+    "prepack_experts",
     "top_k_gating",
     "top_p_gating",
 ]
@@ -117,6 +119,12 @@ def raw_calls() -> list[Any]:
             raw.expert_mlp_backward.default,
             (x, x, gate_up, down, weights, *index, wide, False, True, False),
             id="expert_mlp_backward of the projections alone",
+        ),
+        pytest.param(raw.prepack_experts.default, (gate_up.float(), down.float()), id="prepack_experts"),
+        pytest.param(
+            raw.expert_mlp_prepacked.default,
+            (x.float(), raw.prepack_experts(gate_up.float(), down.float()), I, weights.float(), *index),
+            id="expert_mlp_prepacked",
         ),
     ]
 
