@@ -301,11 +301,14 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_report(
 
 
 def test_a_second_ctrl_c_is_not_held_back() -> None:
+    # A shell has the programs that it starts in the background ignore the signal, and the tests may be one of them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with train_lm.StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_finished_run_can_be_given_more_steps(tmp_path: Path, text: Path) -> None:
