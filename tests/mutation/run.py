@@ -2,8 +2,8 @@
 """Breaks the product in many ways and shows that the tests notice each.
 
 Every mutant of mutants.py is built in a scratch copy of the repository, and the tests of its part are run, at the
-scalar and at the best CPU level. The exit status is 0 only if the tests pass without a mutant and fail with each of them. A
-mutant that no longer applies or does not compile is an error too.
+scalar and at the best CPU level. The exit status is 0 only if the tests pass without a mutant and fail with each of
+them. A mutant that no longer applies or does not compile is an error too.
 """
 
 from __future__ import annotations
