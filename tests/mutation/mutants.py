@@ -87,8 +87,8 @@ MUTANTS = [
     Mutant(
         "Y, dX: sums of earlier blocks of the inner dimension are thrown away",
         "csrc/grouped_matmul/products.h",
-        "c + p * C::kColumns, pitch, b > 0);",
-        "c + p * C::kColumns, pitch, false);",
+        "pitch, b > 0);",
+        "pitch, false);",
         "grouped_matmul",
     ),
     Mutant(
@@ -101,8 +101,8 @@ MUTANTS = [
     Mutant(
         "dX: a token keeps its last row alone",
         "csrc/grouped_matmul/products.h",
-        "Simd::fma(v, factor, load_some<C>(out + column, columns))",
-        "Simd::mul(v, factor)",
+        "Simd::fma(v, factors, load_some<C>(out + column, columns))",
+        "Simd::mul(v, factors)",
         "grouped_matmul",
     ),
     Mutant(
@@ -177,6 +177,13 @@ MUTANTS = [
         "csrc/expert_mlp/passes.h",
         "      if (e0 == 0) zero_columns",
         "      zero_columns",
+        "expert_mlp",
+    ),
+    Mutant(
+        "prepacked experts: the panels of up are read from those of the gate",
+        "csrc/grouped_matmul/packed_panels.h",
+        "(2 * gate_column + (is_up ? padded : 0))",
+        "2 * gate_column",
         "expert_mlp",
     ),
     # ---- common ----
