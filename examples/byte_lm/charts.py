@@ -133,7 +133,7 @@ def stacked_bars(
 
 
 def heat_map(cells: Sequence[Sequence[float]], *, row: str, column: str, title: str, width: int = 560) -> str:
-    """Draw shares, rows that sum to 1, as colored cells; an even share stands a third up the scale."""
+    """Draw shares, rows that sum to 1, as colored cells in percent; an even share stands a third up the scale."""
     columns = len(cells[0])
     left, top, gap, cell_height = 62, 24, 3, 36
     cell_width = (width - left) / columns
@@ -153,8 +153,9 @@ def heat_map(cells: Sequence[Sequence[float]], *, row: str, column: str, title: 
             box = f'x="{x:.1f}" y="{y}" width="{span:.1f}" height="{cell_height}" rx="4"'
             name = f"{row} {i + 1}, {column} {j + 1}: {share:.2%}"
             parts.append(f'<rect class="fill{level}" {box}><title>{escape(name)}</title></rect>')
-            place = f'x="{x + span / 2:.1f}" y="{middle}"'
-            parts.append(f'<text class="ink{level}" {place} text-anchor="middle">{share:.1%}</text>')
+            if span >= 24:  # room for a number
+                place = f'x="{x + span / 2:.1f}" y="{middle}"'
+                parts.append(f'<text class="cell ink{level}" {place} text-anchor="middle">{100 * share:.1f}</text>')
     return "\n".join([*parts, "</svg>"])
 
 

@@ -179,7 +179,7 @@ def load_section(outcome: Outcome) -> str:
     title = "Share of the work of each layer that each expert does"
     return f"""<section class="half" id="load">
 <h2>Load of each expert</h2>
-<p class="note">Share of its layer's work on the validation text. An even share is {1 / len(load[0]):.1%}.</p>
+<p class="note">Percent of its layer's work on the validation text. An even share is {100 / len(load[0]):.4g}.</p>
 {heat_map(load, row="layer", column="expert", title=title)}
 </section>
 """
