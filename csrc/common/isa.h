@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which instruction set the CPU kernels use. Every level is compiled into the binary; the best one that the machine
-// and the operating system support is taken, unless DYNAMIC_MOE_CPU_ISA names another. No level is gated on another. AMX
-// is taken only when named: its tile has been tested with a stand-in for the tile unit, never on a machine that has one.
+// and the operating system support is taken, unless DYNAMIC_MOE_CPU_ISA names another. No level is gated on another.
+// AMX is taken only when named: its tile has been tested with a stand-in for the tile unit, never on a machine that has
+// one.
 #pragma once
 
 #include <string>

@@ -11,6 +11,6 @@ struct Amx : Avx512Bf16 {
 
 }  // namespace
 
-const ExpertMlpKernels kExpertMlpAmx = expert_mlp_kernels<Amx, Isa::kAmx>();
+constinit const ExpertMlpKernels kExpertMlpAmx = expert_mlp_kernels<Amx, Isa::kAmx>();
 
 }  // namespace dynamic_moe

@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const ExpertMlpKernels kExpertMlpAvx2 = expert_mlp_kernels<Avx2, Isa::kAvx2>();
+constinit const ExpertMlpKernels kExpertMlpAvx2 = expert_mlp_kernels<Avx2, Isa::kAvx2>();
 
 }  // namespace dynamic_moe

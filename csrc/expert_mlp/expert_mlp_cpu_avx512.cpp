@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const ExpertMlpKernels kExpertMlpAvx512 = expert_mlp_kernels<Avx512, Isa::kAvx512>();
+constinit const ExpertMlpKernels kExpertMlpAvx512 = expert_mlp_kernels<Avx512, Isa::kAvx512>();
 
 }  // namespace dynamic_moe

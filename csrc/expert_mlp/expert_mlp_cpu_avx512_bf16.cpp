@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const ExpertMlpKernels kExpertMlpAvx512Bf16 = expert_mlp_kernels<Avx512Bf16, Isa::kAvx512Bf16>();
+constinit const ExpertMlpKernels kExpertMlpAvx512Bf16 = expert_mlp_kernels<Avx512Bf16, Isa::kAvx512Bf16>();
 
 }  // namespace dynamic_moe

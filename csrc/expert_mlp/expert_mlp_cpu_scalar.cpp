@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const ExpertMlpKernels kExpertMlpScalar = expert_mlp_kernels<ScalarLane, Isa::kScalar>();
+constinit const ExpertMlpKernels kExpertMlpScalar = expert_mlp_kernels<ScalarLane, Isa::kScalar>();
 
 }  // namespace dynamic_moe

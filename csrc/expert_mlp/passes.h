@@ -97,7 +97,7 @@ void expert_mlp(const ExpertMlpParams& p) {
   float* const total = accumulator<C>(static_cast<T*>(p.y), p.groups.num_tokens * h);
   const ColumnShares<C> shares(h);
   const int64_t experts = p.groups.num_experts;
-  for (int64_t e0 = 0, e1; e0 < experts; e0 = e1) {
+  for (int64_t e0 = 0, e1 = 0; e0 < experts; e0 = e1) {
     e1 = chunk_end(p.groups, e0, i * static_cast<int64_t>(sizeof(T)));
     const int64_t chunk_row = p.groups.expert_offsets[e0];
     T* const activation = scratch<T>(Scratch::kActivation, (p.groups.expert_offsets[e1] - chunk_row) * i);
@@ -144,8 +144,7 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
     const int most = static_cast<int>(step / C::kColumns);
     const Panels<C> panels = cut_into_panels<C>(n, i, most);
     multiply_block<C>(
-        rows_of(p.groups, e), panels, h,
-        [&](int64_t r) { return dy + token_of_row(p.groups, first_row + r) * h; },
+        rows_of(p.groups, e), panels, h, [&](int64_t r) { return dy + token_of_row(p.groups, first_row + r) * h; },
         MatrixColumns<C>{down + e * h * i, i},
         [&]() -> Upcoming<C, MatrixColumns<C>> {
           const int64_t next = index + ahead, expert = e0 + next / tasks;
@@ -155,16 +154,14 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int row = 0; row < count; ++row, sums += pitch) {
             const int64_t global = first_row + r + row, local = global - chunk_row;
-            const typename Simd::Floats scale =
-                Simd::broadcast(weight_of_row(p.row_slot, p.expert_weights, global));
+            const typename Simd::Floats scale = Simd::broadcast(weight_of_row(p.row_slot, p.expert_weights, global));
             const T* gate = pre_activation + global * 2 * i + n;
             T* d_gate = chunk.d_pre_activation + local * 2 * i + n;
             T* scaled = chunk.scaled_activation + local * i + n;
             typename Simd::Floats dot = Simd::zero();
             for_each_vector<C>(panels, sums, [&](typename Simd::Floats d_scaled, int column, int width, int64_t) {
               const SwigluGradient<Simd> gradient(load_some<C>(gate + column, width),
-                                                  load_some<C>(gate + i + column, width),
-                                                  Simd::mul(d_scaled, scale));
+                                                  load_some<C>(gate + i + column, width), Simd::mul(d_scaled, scale));
               dot = Simd::fma(d_scaled, gradient.activation, dot);
               store_some<C>(d_gate + column, gradient.d_gate, width);
               store_some<C>(d_gate + i + column, gradient.d_up, width);
@@ -185,10 +182,8 @@ void input_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e1, co
   const int64_t chunk_row = p.groups.expert_offsets[e0];
   if (e0 == 0) zero_columns<C>(total, p.groups.num_tokens, h, begin, end);
   accumulate_by_token<C>(
-      p.groups, e0, e1, begin, end, 2 * i,
-      [&](int64_t r) { return chunk.d_pre_activation + (r - chunk_row) * 2 * i; },
-      [&](int64_t e) { return MatrixColumns<C>{weight + e * 2 * i * h, h}; },
-      [](int64_t) { return 1.0f; }, total, h);
+      p.groups, e0, e1, begin, end, 2 * i, [&](int64_t r) { return chunk.d_pre_activation + (r - chunk_row) * 2 * i; },
+      [&](int64_t e) { return MatrixColumns<C>{weight + e * 2 * i * h, h}; }, [](int64_t) { return 1.0f; }, total, h);
   if constexpr (!std::is_same_v<T, float>) {
     if (e1 == p.groups.num_experts) {
       convert_columns<C>(total, static_cast<T*>(p.dx), p.groups.num_tokens, h, begin, end);
@@ -212,7 +207,7 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
   const int64_t blocks = divide_up(i, step);
   if (d_weights != nullptr) __builtin_memset(d_weights, 0, static_cast<size_t>(p.num_slots) * sizeof(float));
 
-  for (int64_t e0 = 0, e1; e0 < experts; e0 = e1) {
+  for (int64_t e0 = 0, e1 = 0; e0 < experts; e0 = e1) {
     e1 = chunk_end(p.groups, e0, 3 * i * static_cast<int64_t>(sizeof(T)));
     const int64_t chunk_row = p.groups.expert_offsets[e0], rows = p.groups.expert_offsets[e1] - chunk_row;
     const ChunkGradients<C> chunk{scratch<T>(Scratch::kGradient, rows * 2 * i),
@@ -234,9 +229,7 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
       const bool is_down = index >= gate_up_tasks.count();
       const OuterTask task = is_down ? down_tasks.task(index - gate_up_tasks.count()) : gate_up_tasks.task(index);
       const int64_t first_row = p.groups.expert_offsets[task.expert], expert_rows = rows_of(p.groups, task.expert);
-      const auto token_row = [&](const T* base, int64_t r) {
-        return base + token_of_row(p.groups, first_row + r) * h;
-      };
+      const auto token_row = [&](const T* base, int64_t r) { return base + token_of_row(p.groups, first_row + r) * h; };
       if (is_down) {
         T* out = d_down + (task.expert * h + task.n) * i;
         if (expert_rows == 0) return zero_rows<C>(out, task.count, i);

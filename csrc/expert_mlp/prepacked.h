@@ -103,7 +103,7 @@ void down_projection_prepacked(const ExpertMlpPrepackedParams& p, const PackedEx
                                float* total) {
   const int64_t h = p.hidden_size, i = p.intermediate_size;
   const int64_t chunk_row = p.groups.expert_offsets[e0];
-  for (int64_t e = next_live(p.groups, e0, e1), after; e < e1; e = after) {
+  for (int64_t e = next_live(p.groups, e0, e1), after = e1; e < e1; e = after) {
     after = next_live(p.groups, e + 1, e1);
     const int64_t first_row = p.groups.expert_offsets[e];
     multiply_block<C>(
@@ -129,7 +129,7 @@ void expert_mlp_prepacked(const ExpertMlpPrepackedParams& p, const void* panels)
   const PackedExperts<C, const char> packed(static_cast<const char*>(panels), h, i);
   const PackedColumns<C> cut(h);
   float* const total = accumulator<C>(static_cast<T*>(p.y), p.groups.num_tokens * h);
-  for (int64_t e0 = 0, e1; e0 < experts; e0 = e1) {
+  for (int64_t e0 = 0, e1 = 0; e0 < experts; e0 = e1) {
     e1 = chunk_end(p.groups, e0, i * static_cast<int64_t>(sizeof(T)));
     T* const activation =
         scratch<T>(Scratch::kActivation, (p.groups.expert_offsets[e1] - p.groups.expert_offsets[e0]) * i);

@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const GatingKernels kGatingAvx2 = gating_kernels<Avx2Lanes>();
+constinit const GatingKernels kGatingAvx2 = gating_kernels<Avx2Lanes>();
 
 }  // namespace dynamic_moe

@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const GatingKernels kGatingAvx512 = gating_kernels<Avx512Lanes>();
+constinit const GatingKernels kGatingAvx512 = gating_kernels<Avx512Lanes>();
 
 }  // namespace dynamic_moe

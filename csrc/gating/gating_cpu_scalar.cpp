@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const GatingKernels kGatingScalar = gating_kernels<SingleLane>();
+constinit const GatingKernels kGatingScalar = gating_kernels<SingleLane>();
 
 }  // namespace dynamic_moe

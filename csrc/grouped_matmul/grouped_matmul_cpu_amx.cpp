@@ -11,6 +11,6 @@ struct Amx : Avx512Bf16 {
 
 }  // namespace
 
-const GroupedMatmulKernels kGroupedMatmulAmx = grouped_matmul_kernels<Amx, Isa::kAmx>();
+constinit const GroupedMatmulKernels kGroupedMatmulAmx = grouped_matmul_kernels<Amx, Isa::kAmx>();
 
 }  // namespace dynamic_moe

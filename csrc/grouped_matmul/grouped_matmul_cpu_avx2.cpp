@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const GroupedMatmulKernels kGroupedMatmulAvx2 = grouped_matmul_kernels<Avx2, Isa::kAvx2>();
+constinit const GroupedMatmulKernels kGroupedMatmulAvx2 = grouped_matmul_kernels<Avx2, Isa::kAvx2>();
 
 }  // namespace dynamic_moe

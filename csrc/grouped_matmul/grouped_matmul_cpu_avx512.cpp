@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const GroupedMatmulKernels kGroupedMatmulAvx512 = grouped_matmul_kernels<Avx512, Isa::kAvx512>();
+constinit const GroupedMatmulKernels kGroupedMatmulAvx512 = grouped_matmul_kernels<Avx512, Isa::kAvx512>();
 
 }  // namespace dynamic_moe

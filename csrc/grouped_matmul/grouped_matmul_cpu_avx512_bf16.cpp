@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const GroupedMatmulKernels kGroupedMatmulAvx512Bf16 = grouped_matmul_kernels<Avx512Bf16, Isa::kAvx512Bf16>();
+constinit const GroupedMatmulKernels kGroupedMatmulAvx512Bf16 = grouped_matmul_kernels<Avx512Bf16, Isa::kAvx512Bf16>();
 
 }  // namespace dynamic_moe

@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const GroupedMatmulKernels kGroupedMatmulScalar = grouped_matmul_kernels<ScalarLane, Isa::kScalar>();
+constinit const GroupedMatmulKernels kGroupedMatmulScalar = grouped_matmul_kernels<ScalarLane, Isa::kScalar>();
 
 }  // namespace dynamic_moe

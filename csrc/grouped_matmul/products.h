@@ -132,7 +132,7 @@ struct Upcoming {
 // Adds the storage of the panels' columns, inner elements [k, k + elements), to the stream.
 template <class C, class Matrix>
 void add_regions(Stream& stream, const Matrix& matrix, const Panels<C>& panels, int64_t k, int64_t elements) {
-  for (int p = 0, end; p < panels.count; p = end) {
+  for (int p = 0, end = 0; p < panels.count; p = end) {
     end = p + 1;
     if constexpr (kIsPacked<Matrix>) {
       stream.add(matrix.region(panels.column[p], panels.columns(p), k, elements));

@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const PermutationKernels kPermutationAvx2 = permutation_kernels<Avx2PermutationLanes>();
+constinit const PermutationKernels kPermutationAvx2 = permutation_kernels<Avx2PermutationLanes>();
 
 }  // namespace dynamic_moe

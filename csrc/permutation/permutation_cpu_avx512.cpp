@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const PermutationKernels kPermutationAvx512 = permutation_kernels<Avx512PermutationLanes>();
+constinit const PermutationKernels kPermutationAvx512 = permutation_kernels<Avx512PermutationLanes>();
 
 }  // namespace dynamic_moe

@@ -4,6 +4,6 @@
 
 namespace dynamic_moe {
 
-const PermutationKernels kPermutationScalar = permutation_kernels<ScalarLanes>();
+constinit const PermutationKernels kPermutationScalar = permutation_kernels<ScalarLanes>();
 
 }  // namespace dynamic_moe

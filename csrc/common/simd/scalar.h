@@ -23,7 +23,7 @@ struct ScalarLane {
     return to_float(*p);
   }
   static Words load_words(const void* p) {
-    Words word;
+    Words word = 0;
     __builtin_memcpy(&word, p, sizeof word);
     return word;
   }
