@@ -14,6 +14,9 @@ are written all the same.
 
 from __future__ import annotations
 
+import byte_lm  # noqa: F401  before torch: it tells OpenMP how to wait
+
+# isort: split
 import json
 import platform
 import signal
