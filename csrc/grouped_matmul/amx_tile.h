@@ -24,9 +24,8 @@ struct AmxTiles {
     for (int i = 4; i < 7; ++i) config.rows[i] = kTileWords;
     _tile_loadconfig(&config);
   }
-  ~AmxTiles() { _tile_release(); }
-  AmxTiles(const AmxTiles&) = delete;
-  AmxTiles& operator=(const AmxTiles&) = delete;
+  // Not a destructor: unwinding would bring in a symbol that levels must not define, and nothing here throws.
+  void release() { _tile_release(); }
 
   // The compiler's intrinsics take the register's number as a literal.
   template <int kVector>
@@ -118,6 +117,7 @@ void multiply_tile_amx(int64_t words, const Rows& rows, const uint32_t* panel, f
     each_vector([&](auto v) { tiles.template multiply_add<v>(step + v * kTileWords, kPitch); });
   }
   each_vector([&](auto v) { tiles.template store_sums<v>(c + v * kTileWords, c_pitch); });
+  tiles.release();
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ float high_half(uint32_t word) { return to_float(BFloat16{static_cast<uint16_t>(
 class PlainTiles {
  public:
   explicit PlainTiles(int rows) : rows_(rows) {}
+  void release() {}
 
   template <int kVector>
   void zero_sums() {
