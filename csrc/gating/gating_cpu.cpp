@@ -16,18 +16,24 @@ namespace dynamic_moe {
 namespace {
 
 const GatingKernels& kernels() {
-#ifdef __x86_64__
   switch (current_isa()) {
+    case Isa::kScalar:
+      break;
     case Isa::kAvx2:
+#ifdef DYNAMIC_MOE_HAS_AVX2
       return kGatingAvx2;
+#else
+      break;
+#endif
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
     case Isa::kAmx:
+#ifdef DYNAMIC_MOE_HAS_AVX512
       return kGatingAvx512;
-    case Isa::kScalar:
+#else
       break;
-  }
 #endif
+  }
   return kGatingScalar;
 }
 

@@ -16,18 +16,24 @@ constexpr int64_t kStreamedBytes = int64_t{8} << 20;   // results of this size l
 constexpr size_t kCacheLine = 64;
 
 const PermutationKernels& kernels() {
-#ifdef __x86_64__
   switch (current_isa()) {
+    case Isa::kScalar:
+      break;
     case Isa::kAvx2:
+#ifdef DYNAMIC_MOE_HAS_AVX2
       return kPermutationAvx2;
+#else
+      break;
+#endif
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
     case Isa::kAmx:
+#ifdef DYNAMIC_MOE_HAS_AVX512
       return kPermutationAvx512;
-    case Isa::kScalar:
+#else
       break;
-  }
 #endif
+  }
   return kPermutationScalar;
 }
 
