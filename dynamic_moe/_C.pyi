@@ -20,7 +20,9 @@ class TilePlan(TypedDict):
     lanes: int
     multiplies_pairs: bool
     block_words: int
+    panel_bytes: int
     few_rows: int
+    dot_rows: int
 
 def build_info() -> BuildInfo: ...
 def cpu_isa() -> str: ...

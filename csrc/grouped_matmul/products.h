@@ -15,10 +15,9 @@
 namespace dynamic_moe {
 namespace {
 
-constexpr int kMostPanels = 16;          // panels that a task packs at once
-constexpr int64_t kPanelBytes = 400000;  // of the second-level cache that packed panels may take
-constexpr int kMostFewRows = 32;         // no level's few_rows exceeds this
-constexpr int64_t kRowBlock = 512;       // rows whose partial sums are kept while the inner dimension is walked
+constexpr int kMostPanels = 16;     // panels that a task packs at once
+constexpr int kMostFewRows = 32;    // no level's few_rows exceeds this
+constexpr int64_t kRowBlock = 512;  // rows whose partial sums are kept while the inner dimension is walked
 
 // Some columns of a matrix, cut into panels: panel p holds those from column[p] on.
 template <class C>
@@ -51,7 +50,7 @@ template <class C>
 int panels_at_once(int64_t elements) {
   const int64_t words = smaller(C::words(elements), C::kPlan.block_words);
   const int64_t bytes = words * C::kColumns * static_cast<int64_t>(sizeof(typename C::Word));
-  const int64_t fit = bytes > 0 ? kPanelBytes / bytes : kMostPanels;
+  const int64_t fit = bytes > 0 ? C::kPlan.panel_bytes / bytes : kMostPanels;
   return static_cast<int>(fit < 1 ? 1 : smaller(fit, kMostPanels));
 }
 
@@ -152,7 +151,7 @@ void multiply_few_rows(int64_t rows, const Panels<C>& panels, int64_t inner, con
   float* const sums = scratch<float>(Scratch::kTile, rows * pitch + kDotColumns);
   const T* row_data[kMostFewRows];
   for (int64_t r = 0; r < rows; ++r) row_data[r] = row(r);
-  const int64_t groups = divide_up(rows, kDotRows);
+  const int64_t groups = divide_up(rows, C::kPlan.dot_rows);
   for (int p = 0; p < panels.count; ++p) {
     const T* const first = matrix.data + panels.column[p] * matrix.pitch;
     const T* const next_panel = p + 1 < panels.count ? matrix.data + panels.column[p + 1] * matrix.pitch : after;
@@ -173,7 +172,7 @@ void multiply_few_rows(int64_t rows, const Panels<C>& panels, int64_t inner, con
           continue;
         }
         for (int column = 0; column < columns; ++column) {  // narrower than a tile: repeat one column
-          float repeated[kDotRows * kDotColumns];
+          float repeated[C::kPlan.dot_rows * kDotColumns];
           dot_function<C>(count)(inner, row_data + from, weights + column * matrix.pitch, 0,
                                  weights + column * matrix.pitch, repeated, kDotColumns);
           for (int r = 0; r < count; ++r) out[r * pitch + column] = repeated[r * kDotColumns];
@@ -430,7 +429,7 @@ void outer_products(int64_t rows, int n_count, int64_t width, const RowA& a, con
 template <class C>
 int outer_rows(int64_t rows) {
   const int64_t words = C::words(rows) > 0 ? C::words(rows) : 1;
-  const int64_t fit = kPanelBytes / (words * static_cast<int64_t>(sizeof(typename C::Word)));
+  const int64_t fit = C::kPlan.panel_bytes / (words * static_cast<int64_t>(sizeof(typename C::Word)));
   const int64_t bounded = fit < 64 ? 64 : smaller(fit, 256);
   return static_cast<int>(bounded / C::kRows * C::kRows);
 }

@@ -241,7 +241,6 @@ TileFunction<C, Rows> tile_function(int rows, int vectors) {
 // in place, along the inner dimension, and each output is a dot product.
 
 constexpr int kDotColumns = 4;  // weights' rows that are read side by side
-constexpr int kDotRows = 6;     // tokens' rows that share them
 
 // sums[r * pitch + n] = row[r] . (weights + n * weights_pitch) for n < kDotColumns; the same place of `upcoming`, which
 // will be read next, is brought in meanwhile.
@@ -289,7 +288,7 @@ template <class C>
 using DotFunction = void (*)(int64_t, const typename C::T* const*, const typename C::T*, int64_t, const typename C::T*,
                              float*, int64_t);
 
-template <class C, int kRows = kDotRows>
+template <class C, int kRows = C::kPlan.dot_rows>
 DotFunction<C> dot_function(int rows) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return dot_function<C, kRows - 1>(rows);

@@ -171,6 +171,7 @@ class TestTilePlans:
         assert plan["multiplies_pairs"] == (dtype == "bfloat16" and isa in ("avx512_bf16", "amx"))
         assert plan["block_words"] > 0
         assert plan["few_rows"] >= 0
+        assert plan["dot_rows"] >= 1
 
     def test_names_what_it_takes(self):
         with pytest.raises(ValueError, match=r"^isa must be one of scalar, .*, got 'sse'$"):

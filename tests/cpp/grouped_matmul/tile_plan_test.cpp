@@ -57,6 +57,22 @@ TEST(TilePlan, LongestPanelFitsTheSecondLevelCache) {
   });
 }
 
+// Half of the second-level cache: 512 KiB where AVX2 is the best there is, 1 MiB where AVX-512 is. The other half is for
+// the panels that are fetched meanwhile.
+TEST(TilePlan, PanelsInUseLeaveRoomForTheNextOnes) {
+  for_each_plan([](Isa, bool, const TilePlan& plan) {
+    EXPECT_GE(plan.panel_bytes, int64_t{4} * plan.block_words * plan.vectors * plan.lanes);
+    EXPECT_LE(plan.panel_bytes, plan.lanes == 8 ? 256 << 10 : 512 << 10);
+  });
+}
+
+TEST(TilePlan, SumsOfAFewRowsFitTheRegisters) {
+  for_each_plan([](Isa isa, bool, const TilePlan& plan) {
+    EXPECT_GE(plan.dot_rows, 1);
+    EXPECT_LE(4 * plan.dot_rows + 4, isa == Isa::kScalar ? 16 : registers(isa));  // and four of the weights
+  });
+}
+
 TEST(TilePlan, BlocksHoldWholeVectorsOfWords) {
   for_each_plan([](Isa, bool, const TilePlan& plan) {
     EXPECT_GT(plan.block_words, 0);
