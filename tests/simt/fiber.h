@@ -25,11 +25,11 @@ class Fiber {
   void (*entry_)() = nullptr;
   char* stack_ = nullptr;  // null for the host's own
   void* top_ = nullptr;    // stack pointer while not running
-  ucontext_t context_{};   // in its place where there is no assembly
-  void* asan_fake_stack_ = nullptr;
+  [[maybe_unused]] ucontext_t context_{};  // in its place where there is no assembly
+  [[maybe_unused]] void* asan_fake_stack_ = nullptr;
   const void* asan_bottom_ = nullptr;  // as AddressSanitizer told it
   size_t asan_bytes_ = 0;
-  void* tsan_fiber_ = nullptr;
+  [[maybe_unused]] void* tsan_fiber_ = nullptr;
 };
 
 }  // namespace simt

@@ -128,14 +128,19 @@ uint32_t random_below(uint32_t count) {
 
 // ---- Messages ----
 
-std::string at(Site site) {
-  const char* name = std::strrchr(site.file, '/');
-  return std::string(name == nullptr ? site.file : name + 1) + ":" + std::to_string(site.line);
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
 }
 
-std::string position(uint3 index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+std::string at(Site site) {
+  const char* name = std::strrchr(site.file, '/');
+  return text(name == nullptr ? site.file : name + 1, ":", site.line);
 }
+
+std::string position(uint3 index) { return text("(", index.x, ", ", index.y, ", ", index.z, ")"); }
 
 uint3 thread_position(uint32_t index) {
   return {index % blockDim.x, index / blockDim.x % blockDim.y, index / blockDim.x / blockDim.y};
@@ -143,27 +148,27 @@ uint3 thread_position(uint32_t index) {
 
 // 0-3, 8
 std::string ranges(const std::vector<uint32_t>& ascending) {
-  std::string text;
+  std::ostringstream stream;
   for (size_t i = 0; i < ascending.size();) {
     size_t last = i;
     while (last + 1 < ascending.size() && ascending[last + 1] == ascending[last] + 1) ++last;
-    text += (text.empty() ? "" : ", ") + std::to_string(ascending[i]);
-    if (last > i) text += "-" + std::to_string(ascending[last]);
+    stream << (i == 0 ? "" : ", ") << ascending[i];
+    if (last > i) stream << "-" << ascending[last];
     i = last + 1;
   }
-  return text;
+  return stream.str();
 }
 
 std::string lanes_of(uint32_t mask) {
   std::vector<uint32_t> lanes;
   for (; mask != 0; mask &= mask - 1) lanes.push_back(static_cast<uint32_t>(std::countr_zero(mask)));
-  return (lanes.size() == 1 ? "lane " : "lanes ") + ranges(lanes);
+  return text(lanes.size() == 1 ? "lane " : "lanes ", ranges(lanes));
 }
 
 [[noreturn]] void fail(const std::string& what, Site site) {
-  if (current.kernel == nullptr) throw Error(at(site) + ": outside of a kernel: " + what);
-  current.failure = std::string(current.kernel) + ", block " + position(blockIdx) + ", thread " + position(threadIdx) +
-                    ", " + at(site) + ": " + what;
+  if (current.kernel == nullptr) throw Error(text(at(site), ": outside of a kernel: ", what));
+  current.failure = text(current.kernel, ", block ", position(blockIdx), ", thread ", position(threadIdx), ", ",
+                         at(site), ": ", what);
   release(&end_sync);
   Fiber::switch_to(self->fiber, host);
   std::abort();  // an abandoned fibre is never resumed
@@ -172,7 +177,7 @@ std::string lanes_of(uint32_t mask) {
 std::string describe(Access access, size_t bytes) {
   static constexpr const char* kWords[] = {"read of global memory", "write to global memory", "read of shared memory",
                                            "write to shared memory", "asynchronous copy to shared memory"};
-  return std::to_string(bytes) + "-byte " + kWords[static_cast<int>(access)];
+  return text(bytes, "-byte ", kWords[static_cast<int>(access)]);
 }
 
 std::string where_in_shared(uintptr_t address) {
@@ -182,13 +187,12 @@ std::string where_in_shared(uintptr_t address) {
     if (base + array.begin <= address) nearest = &array;
   }
   if (nearest == nullptr) return "not a shared address of this block";
-  return "byte " + std::to_string(address - base - nearest->begin) + " of " + std::to_string(nearest->bytes) +
-         ", array of " + at(nearest->site);
+  return text("byte ", address - base - nearest->begin, " of ", nearest->bytes, ", array of ", at(nearest->site));
 }
 
 std::string deadlock() {
-  std::ostringstream text;
-  text << current.kernel << ", block " << position(blockIdx) << ": deadlock";
+  std::ostringstream stream;
+  stream << current.kernel << ", block " << position(blockIdx) << ": deadlock";
   std::vector<bool> told(block.count);
   for (uint32_t i = 0; i < block.count; ++i) {
     const Thread& first = *block.threads[i];
@@ -204,13 +208,13 @@ std::string deadlock() {
       told[j] = true;
       alike.push_back(j);
     }
-    text << "; " << (alike.size() == 1 ? "thread " : "threads ") << ranges(alike)
-         << (alike.size() == 1 ? " waits" : " wait") << " at " << first.waits_at << ", " << at(first.site);
+    stream << "; " << (alike.size() == 1 ? "thread " : "threads ") << ranges(alike)
+           << (alike.size() == 1 ? " waits" : " wait") << " at " << first.waits_at << ", " << at(first.site);
     if (first.collective != nullptr) {
-      text << ", for " << lanes_of(first.mask & ~block.warps[i / kWarpLanes].waiting) << " of warp " << i / kWarpLanes;
+      stream << ", for " << lanes_of(first.mask & ~block.warps[i / kWarpLanes].waiting) << " of warp " << i / kWarpLanes;
     }
   }
-  return text.str();
+  return stream.str();
 }
 
 // ---- The scheduler ----
@@ -278,16 +282,14 @@ void complete_barrier() {
 void leave_block() {
   Thread& me = *self;
   if (const uint32_t under_way = me.copies.size() - me.landed; under_way != 0) {
-    fail(std::to_string(under_way) + " asynchronous copies are outstanding at exit", me.site);
+    fail(text(under_way, " asynchronous copies are outstanding at exit"), me.site);
   }
   Warp& warp = block.warps[me.index / kWarpLanes];
   const uint32_t bit = uint32_t{1} << me.index % kWarpLanes;
   for (uint32_t others = warp.waiting; others != 0; others &= others - 1) {
     const Thread& other = *block.threads[me.index / kWarpLanes * kWarpLanes + std::countr_zero(others)];
     if (other.mask & bit) {
-      fail(std::string("exits, but is in the mask of ") + other.waits_at + " in which thread " +
-               std::to_string(other.index) + " waits",
-           other.site);
+      fail(text("exits, but is in the mask of ", other.waits_at, " in which thread ", other.index, " waits"), other.site);
     }
   }
   warp.exited |= bit;
@@ -304,7 +306,7 @@ void fiber_main() {
     try {
       current.body(current.context);
     } catch (const std::exception& error) {
-      fail(std::string("throws ") + error.what(), self->site);
+      fail(text("throws ", error.what()), self->site);
     }
     leave_block();
     run_others();
@@ -388,13 +390,13 @@ void count_access(Access access, uintptr_t address, size_t bytes, Site site) {
 
 void check_shared(Access access, uintptr_t address, size_t bytes, Site site) {
   uint8_t* state = state_of(address, bytes);
-  if (state == nullptr) fail(describe(access, bytes) + " out of bounds: " + where_in_shared(address), site);
+  if (state == nullptr) fail(text(describe(access, bytes), " out of bounds: ", where_in_shared(address)), site);
   for (size_t i = 0; i < bytes; ++i) {
     if (state[i] == kInFlight) {
-      fail(describe(access, bytes) + " under an asynchronous copy: " + where_in_shared(address + i), site);
+      fail(text(describe(access, bytes), " under an asynchronous copy: ", where_in_shared(address + i)), site);
     }
     if (access == Access::kSharedRead && state[i] == kUninitialized) {
-      fail(describe(access, bytes) + " that is uninitialized: " + where_in_shared(address + i), site);
+      fail(text(describe(access, bytes), " that is uninitialized: ", where_in_shared(address + i)), site);
     }
   }
   if (access != Access::kSharedRead) {
@@ -468,14 +470,14 @@ void run_grid() {
 }
 
 void check_launch(const char* kernel, dim3 grid, dim3 block_size, size_t shared_bytes) {
-  const auto refuse = [&](const std::string& what) { throw Error(std::string(kernel) + ": " + what); };
+  const auto refuse = [&](const auto&... what) { throw Error(text(kernel, ": ", what...)); };
   if (current.kernel != nullptr) refuse("launched by a kernel");
   const uint64_t threads = uint64_t{block_size.x} * block_size.y * block_size.z;
   if (threads == 0 || threads > kMaxThreads || block_size.z > 64) {
-    refuse("blocks of " + std::to_string(threads) + " threads; 1 to 1024 are possible");
+    refuse("blocks of ", threads, " threads; 1 to 1024 are possible");
   }
   if (grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) refuse("the grid is too large");
-  if (shared_bytes > kMaxSharedBytes) refuse(std::to_string(shared_bytes) + " bytes of shared memory; 166912 are there");
+  if (shared_bytes > kMaxSharedBytes) refuse(shared_bytes, " bytes of shared memory; there are ", kMaxSharedBytes);
 }
 
 Options options_of_environment() {
@@ -485,7 +487,7 @@ Options options_of_environment() {
   if (landing != nullptr && std::string(landing) == "early") {
     chosen.landing = Landing::kEarly;
   } else if (landing != nullptr && std::string(landing) != "late") {
-    throw Error("DYNAMIC_MOE_SIMT_LANDING must be late or early, got " + std::string(landing));
+    throw Error(text("DYNAMIC_MOE_SIMT_LANDING must be late or early, got ", landing));
   }
   return chosen;
 }
@@ -558,7 +560,7 @@ void* shared_array(const void* key, size_t bytes, Site site) {
   }
   block.static_bytes += bytes;
   if (block.static_bytes > kMaxStaticSharedBytes || block.static_bytes + current.shared_bytes > kMaxSharedBytes) {
-    fail(std::to_string(block.static_bytes) + " bytes of static shared memory are too many", site);
+    fail(text(block.static_bytes, " bytes of static shared memory are too many"), site);
   }
   return take_array(key, bytes, site);
 }
@@ -568,11 +570,11 @@ void fail(const char* what, Site site) { fail(std::string(what), site); }
 
 void check(Access access, const void* address, size_t bytes, Site site) {
   const auto place = reinterpret_cast<uintptr_t>(address);
-  if (place % bytes != 0) fail(describe(access, bytes) + " is misaligned", site);
+  if (place % bytes != 0) fail(text(describe(access, bytes), " is misaligned"), site);
   if (access == Access::kSharedRead || access == Access::kSharedWrite) {
     check_shared(access, place, bytes, site);
   } else if (!is_global(place, bytes)) {
-    fail(describe(access, bytes) + " outside of every buffer", site);
+    fail(text(describe(access, bytes), " outside of every buffer"), site);
   }
   count_access(access, place, bytes, site);
 }
@@ -595,19 +597,18 @@ void collective(const Collective& what, uint32_t mask, Words& words, Site site) 
   Thread& me = *self;
   Warp& warp = block.warps[me.index / kWarpLanes];
   const uint32_t lane = me.index % kWarpLanes, first_thread = me.index - lane;
-  if ((mask >> lane & 1) == 0) fail(std::string(what.name) + ": the mask lacks the calling lane", site);
+  if ((mask >> lane & 1) == 0) fail(text(what.name, ": the mask lacks the calling lane"), site);
   if (const uint32_t gone = mask & (warp.exited | ~warp.lanes); gone != 0) {
-    fail(std::string(what.name) + ": the mask names " + lanes_of(gone) + ", which exited or never was", site);
+    fail(text(what.name, ": the mask names ", lanes_of(gone), ", which exited or never was"), site);
   }
   if (const uint32_t others = mask & warp.waiting; others != 0) {
     // One of them speaks for all: each was compared with an earlier one when it came.
     const Thread& other = *block.threads[first_thread + std::countr_zero(others)];
     const bool together = other.site.line == site.line && other.site.file == site.file;
     if (other.collective != &what || other.mask != mask || (what.aligned && !together)) {
-      std::ostringstream text;
-      text << what.name << " with mask 0x" << std::hex << mask << ", but thread " << std::dec << other.index
-           << " waits at " << other.waits_at << " with mask 0x" << std::hex << other.mask << ", " << at(other.site);
-      fail(text.str(), site);
+      fail(text(what.name, " for ", lanes_of(mask), ", but thread ", other.index, " waits at ", other.waits_at, " for ",
+                lanes_of(other.mask), ", ", at(other.site)),
+           site);
     }
   }
 
@@ -649,8 +650,7 @@ int block_barrier(Barrier kind, int predicate, Site site) {
       const Thread& other = *block.threads[i];
       if (other.waits_at == nullptr || other.collective != nullptr) continue;
       if (other.site.line == site.line && other.site.file == site.file && block.barrier == kind) break;
-      fail(std::string("divergent barrier: ") + name + ", but thread " + std::to_string(i) + " waits at " +
-               other.waits_at + ", " + at(other.site),
+      fail(text("divergent barrier: ", name, ", but thread ", i, " waits at ", other.waits_at, ", ", at(other.site)),
            site);
     }
   }
