@@ -74,6 +74,7 @@ void gating_cuda(const GatingParams& p, int32_t* non_finite_tokens, Workspace wo
   launch.partials.tokens_per_expert = static_cast<int32_t*>(workspace.data) + partials;
   launch.partials.non_finite_tokens = launch.partials.tokens_per_expert + partials;
   launch.tokens_per_chunk = gating_tokens_per_chunk(p.num_tokens, policy);
+  launch.staged_slots = gating_staged_slots(policy, p.max_experts);
   launch.temperature = temperature_of(p.temperature);
   launch.top_p = static_cast<float>(p.top_p);
   launch.stops_at_mass = p.is_top_p && p.top_p < 1.0;
@@ -86,7 +87,7 @@ void gating_cuda(const GatingParams& p, int32_t* non_finite_tokens, Workspace wo
       using Logit = typename decltype(type)::Type;
       using Policy = decltype(chosen);
       DYNAMIC_MOE_LAUNCH((gating_kernel<Logit, Policy::kLanes, Policy::kExpertsPerLane>),
-                         static_cast<unsigned>(num_chunks), kGatingThreads, GatingShared::bytes(policy, p.max_experts),
+                         static_cast<unsigned>(num_chunks), kGatingThreads, gating_shared_bytes(policy, p.max_experts),
                          stream, launch);
     });
   });

@@ -20,39 +20,9 @@
 #include "common/cuda/platform.cuh"
 #include "common/cuda/shared.cuh"
 #include "gating/gating.h"
+#include "gating/gating_policy.h"
 
 namespace dynamic_moe {
-
-constexpr int kGatingWarps = 4;  // of a block
-constexpr int kGatingThreads = 32 * kGatingWarps;
-constexpr int kMaxGatingExperts = 1024;
-
-// How many lanes share a token, and how many experts each of them holds: four in a row (one vector of logits), then
-// four that lie 4 * lanes further on, and so on.
-struct GatingPolicy {
-  int lanes, experts_per_lane;
-};
-constexpr GatingPolicy kGatingPolicies[] = {{2, 4}, {4, 4}, {8, 4}, {16, 4}, {32, 4}, {32, 8}, {32, 16}, {32, 32}};
-
-constexpr int gating_policy_of(int num_experts) {
-  int policy = 0;
-  while (kGatingPolicies[policy].lanes * kGatingPolicies[policy].experts_per_lane < num_experts) ++policy;
-  return policy;
-}
-
-__host__ __device__ constexpr int tokens_per_warp(GatingPolicy policy) { return 32 / policy.lanes; }
-
-// The tokens that one block takes. Chunks are short where there are few tokens, so that all multiprocessors have work;
-// long where there are many, as every chunk leaves a row of sums behind; and never so long that float32 sums over a
-// warp's tokens lose digits.
-constexpr int64_t gating_tokens_per_chunk(int64_t num_tokens, GatingPolicy policy) {
-  constexpr int64_t kChunks = 1024, kFewest = 16, kMost = 512;
-  const int64_t at_once = kGatingWarps * tokens_per_warp(policy);
-  int64_t tokens = (num_tokens + kChunks - 1) / kChunks;
-  if (tokens < kFewest) tokens = kFewest;
-  if (tokens > kMost) tokens = kMost;
-  return (tokens + at_once - 1) / at_once * at_once;
-}
 
 // What the chunks leave behind for gating_totals_kernel.
 struct GatingPartials {
@@ -65,6 +35,7 @@ struct GatingLaunch {
   GatingParams params;
   GatingPartials partials;
   int64_t tokens_per_chunk;
+  int staged_slots;  // of a warp
   float temperature, top_p;
   bool stops_at_mass;   // false: K experts, whatever they weigh
   bool vector_experts;  // rows of [T, E] may be read and written four elements at a time
@@ -234,15 +205,6 @@ struct GatingShared {
   int32_t* tokens_per_expert;  // [capacity]
   int32_t* staged;             // [warps, 2, slots of a warp]
 
-  // A multiple of 4: every part begins at a vector.
-  __host__ __device__ static int staged_slots(GatingPolicy policy, int max_experts) {
-    return (tokens_per_warp(policy) * max_experts + 3) / 4 * 4;
-  }
-  static size_t bytes(GatingPolicy policy, int max_experts) {
-    const int capacity = policy.lanes * policy.experts_per_lane;
-    return 4 * static_cast<size_t>(2 * capacity + kGatingWarps * 2 * staged_slots(policy, max_experts));
-  }
-
   __device__ GatingShared(uint8_t* memory, int capacity)
       : probability_sum(reinterpret_cast<float*>(memory)),
         tokens_per_expert(reinterpret_cast<int32_t*>(memory) + capacity),
@@ -295,7 +257,7 @@ __global__ void __launch_bounds__(kGatingThreads) gating_kernel(const GatingLaun
   const int place = lane / kLanes;  // of the token in its warp
   const Lanes lanes{lane % kLanes};
   const int slots_of_warp = Lanes::kTokensPerWarp * p.max_experts;
-  const StagedSlots slots = shared.slots_of(warp, GatingShared::staged_slots({kLanes, kExpertsPerLane}, p.max_experts));
+  const StagedSlots slots = shared.slots_of(warp, launch.staged_slots);
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * launch.tokens_per_chunk;
   const int64_t end = smaller(begin + launch.tokens_per_chunk, p.num_tokens);
 
