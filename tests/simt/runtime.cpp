@@ -165,13 +165,14 @@ std::string lanes_of(uint32_t mask) {
   return text(lanes.size() == 1 ? "lane " : "lanes ", ranges(lanes));
 }
 
+// Unwinds the stack of the fibre that failed; those of the others are abandoned.
+struct Failed {};
+
 [[noreturn]] void fail(const std::string& what, Site site) {
   if (current.kernel == nullptr) throw Error(text(at(site), ": outside of a kernel: ", what));
   current.failure = text(current.kernel, ", block ", position(blockIdx), ", thread ", position(threadIdx), ", ",
                          at(site), ": ", what);
-  release(&end_sync);
-  Fiber::switch_to(self->fiber, host);
-  std::abort();  // an abandoned fibre is never resumed
+  throw Failed{};
 }
 
 std::string describe(Access access, size_t bytes) {
@@ -296,19 +297,27 @@ void leave_block() {
   me.exited = true;
   --block.live;
   if (block.arrived != 0 && block.arrived == block.live) complete_barrier();
-  release(&end_sync);
 }
 
-// What a fibre does: the kernel, in one block after another.
+void run_kernel() {
+  try {
+    current.body(current.context);
+  } catch (const std::exception& error) {
+    fail(text("throws ", error.what()), self->site);
+  }
+  leave_block();
+}
+
+// What a fibre does: the kernel, in one block after another, until one fails.
 void fiber_main() {
   for (;;) {
     acquire(&launch_sync);
     try {
-      current.body(current.context);
-    } catch (const std::exception& error) {
-      fail(text("throws ", error.what()), self->site);
+      run_kernel();
+    } catch (const Failed&) {
+      ready.count = 0;
     }
-    leave_block();
+    release(&end_sync);
     run_others();
   }
 }
