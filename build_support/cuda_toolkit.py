@@ -11,6 +11,15 @@ from pathlib import Path
 
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0a;12.0+PTX"  # in the form of TORCH_CUDA_ARCH_LIST
 
+# torch.utils.cpp_extension adds these, which take conversions and operators of the 16-bit types away: other builds of
+# the kernels add them too, so that all see one language.
+TORCH_DEFINES = (
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+)
+
 
 def cuda_toolkit() -> Path | None:
     """Return the CUDA toolkit to build with, or None for a CPU build.
