@@ -226,7 +226,7 @@ def parse_policies(text: str, arch: str) -> Policies:
 
 
 def max_threads(cubin: bytes) -> dict[str, int]:
-    """Return the threads of a block by ``__launch_bounds__``, for each kernel of a cubin (ELF, 64 bits) that has them."""
+    """Return the threads of a block by ``__launch_bounds__``, for each kernel of a cubin (64-bit ELF) that has them."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + index * size) for index in range(number)]

@@ -114,9 +114,10 @@ def lines(kernels: list[Compiled], nvcc: str) -> Iterator[str]:
     yield "# CUDA kernels, as compiled"
     yield ""
     yield (
-        f"Written by `make cuda-check` with nvcc {nvcc}; no GPU was used. It fails on local memory (spills), on a hot loop "
-        "of a tensor-core product without HMMA, LDSM and 16-byte LDGSTS, on a one- or two-byte store in an aligned "
-        "epilogue, and on more registers than `csrc/grouped_matmul/policy.h` allows. [cuda.md](cuda.md) explains the kernels."
+        f"Written by `make cuda-check` with nvcc {nvcc}; no GPU was used. It fails on local memory (spills), on a hot "
+        "loop of a tensor-core product without HMMA, LDSM and 16-byte LDGSTS, on a one- or two-byte store in an "
+        "aligned epilogue, and on more registers than `csrc/grouped_matmul/policy.h` allows. [cuda.md](cuda.md) "
+        "explains the kernels."
     )
     yield ""
     yield "## Lower bounds on time"
@@ -124,8 +125,8 @@ def lines(kernels: list[Compiled], nvcc: str) -> Iterator[str]:
     yield (
         "**Bounds, not measurements.** No run on such a GPU can be faster than the largest of three times: the "
         "arithmetic at the published dense peak, every operand moved once at the published bandwidth, and the "
-        "instructions of the hot loop at one per scheduler and clock. How much slower it is, only a GPU can tell; the peak of an H100 is that "
-        "of instructions (wgmma) that these kernels do not use."
+        "instructions of the hot loop at one per scheduler and clock. How much slower it is, only a GPU can tell; the "
+        "peak of an H100 is that of instructions (wgmma) that these kernels do not use."
     )
     yield ""
     yield from bound_lines(kernels)
@@ -152,7 +153,10 @@ def lines(kernels: list[Compiled], nvcc: str) -> Iterator[str]:
     yield ""
     yield "## Hot loops of the products"
     yield ""
-    yield "Multiplying instructions (HMMA; FFMA in exact float32) of one step of the depth against all other instructions that take an issue slot."
+    yield (
+        "Multiplying instructions (HMMA; FFMA in exact float32) of one step of the depth against all other "
+        "instructions that take an issue slot."
+    )
     yield ""
     yield "| kernel | " + " | ".join(architectures) + " |"
     yield "|---|" + "---|" * len(architectures)
@@ -196,6 +200,6 @@ def bound_lines(kernels: list[Compiled]) -> Iterator[str]:
                     f"{1e6 * value:.0f} us" for value in (limit.arithmetic, limit.memory, limit.issue, limit.seconds)
                 )
                 yield (
-                    f"| {gpu.name} | {regime} | {math} | {problem.flops / 1e9:.0f} G | {problem.least_bytes / 1e6:.0f} MB "
-                    f"| {limit.tile_bytes / 1e6:.0f} MB | {times} |"
+                    f"| {gpu.name} | {regime} | {math} | {problem.flops / 1e9:.0f} G "
+                    f"| {problem.least_bytes / 1e6:.0f} MB | {limit.tile_bytes / 1e6:.0f} MB | {times} |"
                 )

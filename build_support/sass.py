@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads disassembled CUDA kernels, as ``nvdisasm -c`` prints them, and finds what a fast kernel must not or must have."""
+"""Reads disassembled CUDA kernels, as ``nvdisasm -c`` prints them,
+and finds what fast ones must not have, or must."""
 
 from __future__ import annotations
 

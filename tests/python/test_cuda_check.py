@@ -138,7 +138,8 @@ class TestReading:
         text = (
             "sm_80, bfloat16, many rows: 128 x 64 x 32, 4 stages, 2 x 3 warps, at most 255 registers, 2 blocks per SM, "
             "98304 bytes of shared memory\n"
-            "sm_90, bfloat16, many rows: 1 x 1 x 1, 1 stages, 1 x 1 warps, at most 1 registers, 1 blocks per SM, 1 bytes\n"
+            "sm_90, bfloat16, many rows: 1 x 1 x 1, 1 stages, 1 x 1 warps, at most 1 registers, 1 blocks per SM, "
+            "1 bytes\n"
         )
         policies = cuda_check.parse_policies(text, "sm_80")
         assert len(policies) == 3
