@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads disassembled CUDA kernels, as ``nvdisasm -c`` prints them,
-and finds what fast ones must not have, or must."""
+and finds what fast ones must not have, or must.
+"""
 
 from __future__ import annotations
 

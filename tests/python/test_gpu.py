@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels through torch, on a device: against those of the CPU, and as a guest of torch's streams and graphs."""
+"""The CUDA kernels through torch, on a device: against the CPU's, and as a guest of torch's streams and graphs."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
