@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+PLACES = ("/usr/local/cuda",)  # where it is looked for beside CUDA_HOME, CUDA_PATH and PATH
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0a;12.0+PTX"  # in the form of TORCH_CUDA_ARCH_LIST
 
 # torch.utils.cpp_extension adds these, which take conversions and operators of the 16-bit types away: other builds of
@@ -32,7 +33,7 @@ def cuda_toolkit() -> Path | None:
     if wish == "0":
         return None
     nvcc = shutil.which("nvcc")
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *PLACES]
     places.append(str(Path(nvcc).resolve().parent.parent) if nvcc else None)
     for place in filter(None, places):
         if (Path(place) / "bin" / "nvcc").exists() and (Path(place) / "include" / "cuda_runtime.h").exists():
