@@ -212,7 +212,7 @@ class TestCudaToolkit:
 
     def test_the_variable_is_checked(self, monkeypatch):
         monkeypatch.setenv("DYNAMIC_MOE_CUDA", "yes")
-        with pytest.raises(ValueError, match="^DYNAMIC_MOE_CUDA must be 0, 1 or unset, got 'yes'$"):
+        with pytest.raises(ValueError, match=r"^DYNAMIC_MOE_CUDA must be 0, 1 or unset, got 'yes'$"):
             cuda_toolkit.cuda_toolkit()
 
     def test_every_default_architecture_is_judged_by_its_machine_code(self):
