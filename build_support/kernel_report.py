@@ -49,8 +49,9 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Problem:
-    """A grouped product: rows of E groups of equal size, times matrices [width, depth]."""
+    """A grouped product: rows of E groups of equal size, gathered from tokens, times matrices [width, depth]."""
 
+    tokens: int
     rows: int
     experts: int
     width: int
@@ -66,7 +67,7 @@ class Problem:
     def least_bytes(self) -> int:
         """Every input read once and the result written once."""
         return self.element_bytes * (
-            self.rows * self.depth + self.experts * self.width * self.depth + self.rows * self.width
+            self.tokens * self.depth + self.experts * self.width * self.depth + self.rows * self.width
         )
 
 
@@ -120,6 +121,13 @@ def lines(kernels: list[Compiled], nvcc: str) -> Iterator[str]:
         "explains the kernels."
     )
     yield ""
+    yield "## Findings"
+    yield ""
+    found = [kernel for kernel in kernels if kernel.findings]
+    yield from (f"- `{kernel.name}`, {kernel.arch}: {'; '.join(kernel.findings)}" for kernel in found)
+    if not found:
+        yield "None."
+    yield ""
     yield "## Lower bounds on time"
     yield ""
     yield (
@@ -171,11 +179,12 @@ def lines(kernels: list[Compiled], nvcc: str) -> Iterator[str]:
 
 def bound_lines(kernels: list[Compiled]) -> Iterator[str]:
     """Yield the table of bounds: the forward product of a layer with many rows for each expert and with few."""
-    problems = {"many rows": (32768, 64, 2816, 2048), "few rows": (512, 64, 2816, 2048)}
+    problems = {"many rows": (16384, 32768, 64, 2816, 2048), "few rows": (256, 512, 64, 2816, 2048)}
     yield (
         'Problem: the gate and up product `[R, H] x [2I, H]` of E = 64 experts, H = 2048, I = 1408; "many rows" has '
-        'R = 32768 rows (16384 tokens, two experts each), "few rows" R = 512, the same number for each expert. '
-        "Bytes: least is every operand once, tiles is what the tiles ask of the caches."
+        'R = 32768 rows (16384 tokens, two experts each), "few rows" R = 512 (256 tokens), the same number for each '
+        "expert. Bytes: least is every operand once, tiles is what the tiles ask of the caches, without the partial sums"
+        " where few rows split the depth."
     )
     yield ""
     yield "| GPU | regime | dtype | FLOP | least bytes | tiles' bytes | arithmetic | memory | issue | **bound** |"

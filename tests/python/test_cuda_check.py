@@ -121,10 +121,10 @@ class TestBounds:
     TILE = SimpleNamespace(math="bfloat16", tile_m=64, tile_n=32, tile_k=16, warps=4)
 
     def test_each_bound_by_hand(self):
-        problem = kernel_report.Problem(rows=130, experts=2, width=40, depth=48, element_bytes=2)
+        problem = kernel_report.Problem(tokens=70, rows=130, experts=2, width=40, depth=48, element_bytes=2)
         limit = kernel_report.bound(self.GPU, problem, self.TILE, 100)
         assert problem.flops == 2 * 130 * 40 * 48
-        assert problem.least_bytes == 2 * (130 * 48 + 2 * 40 * 48 + 130 * 40)
+        assert problem.least_bytes == 2 * (70 * 48 + 2 * 40 * 48 + 130 * 40)
         assert limit.arithmetic == pytest.approx(problem.flops / 1e12)
         assert limit.memory == pytest.approx(problem.least_bytes / 1e9)
         steps = 2 * 2 * 2 * 3  # experts, row tiles of 65 rows, column tiles, steps of the depth

@@ -15,8 +15,6 @@ from dynamic_moe import _C, DynamicMoE, TopPRouter, losses, ops
 
 pytestmark = pytest.mark.level_independent
 raw = torch.ops.dynamic_moe
-# A CPU build of torch has no autograd for the device, fake or not: it would end the process.
-needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a CPU build")
 T, E, H, I, K = 12, 4, 16, 24, 2  # noqa: E741
 ON_CUDA = {
     "combine",
@@ -162,7 +160,7 @@ def test_the_backward_operators_are_traced(fake: FakeTensorMode) -> None:
     assert shapes == [(T, H), (E, 2 * I, H), (E, H, I), (T, K), (T, H), (E, 2 * I, H), (T, E), (T * K, H), (T, K)]
 
 
-@needs_cuda_torch
+@pytest.mark.gpu  # torch asks the device for a context before it goes backward, also with fake tensors
 def test_a_training_step_of_the_layer_is_traced(fake: FakeTensorMode) -> None:
     module = layer(shared_intermediate_size=8, shared_gated=True)
     names, parameters = zip(*module.named_parameters(), strict=True)
@@ -233,7 +231,7 @@ def tf32_of(recorder: Recorder) -> dict[str, bool]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
-@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=needs_cuda_torch)])
+@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_tf32_is_what_torch_is_told(
     fake: FakeTensorMode, precision: Any, grad: bool, setting: str, dtype: torch.dtype
 ) -> None:
