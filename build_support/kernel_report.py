@@ -183,8 +183,8 @@ def bound_lines(kernels: list[Compiled]) -> Iterator[str]:
     yield (
         'Problem: the gate and up product `[R, H] x [2I, H]` of E = 64 experts, H = 2048, I = 1408; "many rows" has '
         'R = 32768 rows (16384 tokens, two experts each), "few rows" R = 512 (256 tokens), the same number for each '
-        "expert. Bytes: least is every operand once, tiles is what the tiles ask of the caches, without the partial sums"
-        " where few rows split the depth."
+        "expert. Bytes: least is every operand once, tiles is what the tiles ask of the caches, without the partial "
+        "sums where few rows split the depth."
     )
     yield ""
     yield "| GPU | regime | dtype | FLOP | least bytes | tiles' bytes | arithmetic | memory | issue | **bound** |"
