@@ -2,17 +2,20 @@
 // Groups the accesses of a warp's lanes into requests and counts what those cost. Part of the runtime.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
+#include <new>
 
 #include "simt/runtime.h"
 
 namespace simt {
 
-// Grows without memcpy, which ThreadSanitizer would take for the kernel's doing.
+// Of plain data. Grows without new, delete and memcpy, which ThreadSanitizer would take for the kernel's doing.
 template <class T>
 class Array {
  public:
-  ~Array() { delete[] data_; }
+  ~Array() { release(); }
   Array() = default;
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
@@ -29,11 +32,17 @@ class Array {
 
  private:
   void grow() {
-    capacity_ = capacity_ == 0 ? 64 : 2 * capacity_;
-    T* larger = new T[capacity_];
+    const uint32_t capacity = capacity_ == 0 ? 64 : 2 * capacity_;
+    void* mapped = mmap(nullptr, capacity * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    T* larger = static_cast<T*>(mapped);
     for (uint32_t i = 0; i < size_; ++i) larger[i] = data_[i];
-    delete[] data_;
+    release();
     data_ = larger;
+    capacity_ = capacity;
+  }
+  void release() {
+    if (data_ != nullptr) munmap(data_, capacity_ * sizeof(T));
   }
 
   T* data_ = nullptr;

@@ -292,18 +292,18 @@ struct Pipeline {
       if (barrier_before_refill) load(tile + 1);
       sum += load_shared(&stage[tile % 2 * 32 + (threadIdx.x ^ 1)]);
     }
-    store_global(sums + threadIdx.x, sum);
+    store_global(sums + blockIdx.x * 32 + threadIdx.x, sum);
   }
 };
 
 class PipelineBugs : public ::testing::Test {
  protected:
-  PipelineBugs() : data(128), sums(32) {
+  PipelineBugs() : data(128), sums(64) {
     std::vector<float> values(128);
     for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i / 32);
     data.upload(values);
   }
-  bool right() const { return sums.download() == std::vector<float>(32, 6.0f); }
+  bool right() const { return sums.download() == std::vector<float>(64, 6.0f); }
 
   DeviceBuffer<float> data, sums;
 };
