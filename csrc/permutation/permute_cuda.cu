@@ -15,7 +15,8 @@ PermuteWorkspace divided(Workspace workspace, int64_t num_slots, int32_t num_exp
     throw std::invalid_argument("workspace must have " + std::to_string(needed) + " bytes, got " +
                                 std::to_string(workspace.bytes));
   }
-  return {static_cast<uint32_t*>(workspace.data), static_cast<int32_t*>(workspace.data) + 1};
+  auto* rows_of_block = static_cast<int32_t*>(workspace.data);
+  return {rows_of_block, reinterpret_cast<uint32_t*>(rows_of_block + needed / sizeof(int32_t) - 1)};
 }
 
 }  // namespace
@@ -26,17 +27,16 @@ size_t permute_cuda_workspace(int64_t num_slots, int32_t num_experts) {
                                 std::to_string(num_experts));
   }
   const int64_t counts = PermutePlan(num_slots, num_experts).num_blocks * num_experts;
-  return static_cast<size_t>(1 + counts) * sizeof(int32_t);
+  return static_cast<size_t>(counts + 1) * sizeof(int32_t);
 }
 
 void count_rows_cuda(const int32_t* expert_ids, int64_t num_slots, int32_t num_experts, int32_t* tokens_per_expert,
                      int32_t* expert_offsets, Workspace workspace, Stream stream) {
   const PermuteWorkspace shared = divided(workspace, num_slots, num_experts);
   const PermutePlan plan(num_slots, num_experts);
-  // One block also where there is no slot: it says that no block of the scan has finished.
-  const auto blocks = static_cast<unsigned>(plan.num_blocks > 0 ? plan.num_blocks : 1);
-  DYNAMIC_MOE_LAUNCH(count_slots_kernel, blocks, plan.threads(), sizeof(int32_t) * num_experts, stream, expert_ids,
-                     num_slots, num_experts, plan.slots_per_block(), shared);
+  DYNAMIC_MOE_LAUNCH(count_slots_kernel, static_cast<unsigned>(plan.num_blocks), plan.threads(),
+                     sizeof(int32_t) * num_experts, stream, expert_ids, num_slots, num_experts, plan.slots_per_block(),
+                     shared);
   DYNAMIC_MOE_LAUNCH(scan_blocks_kernel, static_cast<unsigned>((num_experts + kScannedExperts - 1) / kScannedExperts),
                      32 * kScanWarps, 0, stream, shared, plan.num_blocks, num_experts, tokens_per_expert,
                      expert_offsets);

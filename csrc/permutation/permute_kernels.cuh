@@ -20,8 +20,8 @@ constexpr int kScannedExperts = 32;  // by a block of it
 
 // What step 1 leaves for step 2.
 struct PermuteWorkspace {
-  uint32_t* finished;      // blocks of scan_blocks_kernel
   int32_t* rows_of_block;  // [blocks, E] live slots; after the scan, those of the blocks before
+  uint32_t* finished;      // how many blocks of scan_blocks_kernel have
 };
 
 __device__ inline bool is_expert(int32_t id, int num_experts) {

@@ -23,6 +23,7 @@ struct PermutePlan {
     if (slots < num_experts) slots = num_experts;
     slots_per_warp = (slots + 32 * warps - 1) / (32 * warps) * 32;
     num_blocks = (num_slots + slots_per_block() - 1) / slots_per_block();
+    if (num_blocks == 0) num_blocks = 1;  // no slots: zero counts are written nevertheless
   }
 
   int threads() const { return 32 * warps; }

@@ -321,5 +321,40 @@ TEST(CudaGatingPolicy, ChunksAreWholeRoundsOfABlock) {
   }
 }
 
+#if defined(DYNAMIC_MOE_SIMT)
+
+// What must be moved is moved once, and every request touches whole sectors.
+TEST(CudaGatingCost, LogitsAreReadOnceAndResultsWrittenOnce) {
+  for (const int32_t num_experts : {16, 64, 256}) {
+    SCOPED_TRACE(::testing::Message() << "E " << num_experts);
+    constexpr uint64_t kTokens = 64;
+    constexpr int32_t kSlots = 8;
+    const auto experts = static_cast<uint64_t>(num_experts);
+    DeviceGating<float> device(random_logits<float>(kTokens, num_experts, 1.0, 13), num_experts,
+                               {.max_experts = kSlots});
+    const auto counted = simt::counters_of([&] { device.run(); });
+    const GatingPolicy policy = kGatingPolicies[gating_policy_of(num_experts)];
+    const uint64_t chunks = kTokens / static_cast<uint64_t>(gating_tokens_per_chunk(kTokens, policy));
+    const uint64_t warps = kTokens / static_cast<uint64_t>(tokens_per_warp(policy));  // rounds of all warps
+    const uint64_t row_sectors = experts / 8;
+    EXPECT_EQ(counted.launches, 2u);
+    EXPECT_EQ(counted.blocks, chunks + (experts + 31) / 32);
+    EXPECT_EQ(counted.barriers, 5 * chunks + (experts + 31) / 32);
+    // 8 tokens of a warp stage their slots 8 apart: two share a bank, in each of two stores for each expert taken.
+    EXPECT_LE(counted.bank_conflicts, num_experts == 16 ? 2 * warps * kSlots : 0);
+    // Logits; then sums, counts and non-finite tokens of the chunks.
+    EXPECT_EQ(counted.global_read_sectors, kTokens * row_sectors + 2 * chunks * row_sectors + 1);
+    // Probabilities, ids and weights; entropy and logsumexp, in which tokens of a warp may share a sector; partial sums
+    // and their totals, with one non-finite count each.
+    const uint64_t token_sectors = std::max<uint64_t>(warps, kTokens / 8);
+    EXPECT_EQ(counted.global_write_sectors, kTokens * row_sectors + 2 * kTokens + 2 * token_sectors +
+                                                chunks * (2 * row_sectors + 1) + 2 * row_sectors + 1);
+    const auto counts = device.counts.download();
+    EXPECT_EQ(counted.atomics, std::accumulate(counts.begin(), counts.end(), uint64_t{0}));
+  }
+}
+
+#endif
+
 }  // namespace
 }  // namespace dynamic_moe::testing
