@@ -83,7 +83,7 @@ def main() -> int:
     configure = ["cmake", "-S", ".", "-B", DEVICE_BUILD, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
     configure += ["-DDYNAMIC_MOE_BUILD_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
     if add("configure the C++ tests for the device", configure) and add(
-        "build the C++ tests for the device", ["cmake", "--build", DEVICE_BUILD]
+        "build the C++ tests for the device", ["cmake", "--build", DEVICE_BUILD, "--target", *device_tests()]
     ):
         add("ctest on the device", ["ctest", "--test-dir", DEVICE_BUILD, "-L", "gpu", "--output-on-failure"])
         steps += sanitizer_steps(add, toolkit, device is not None)
@@ -91,6 +91,12 @@ def main() -> int:
     options.report.write_text(report(device, steps))
     print(f"\nWrote {options.report}; {device or 'no device'}")
     return 1 if any(step.status == "failed" for step in steps) else 0
+
+
+def device_tests() -> list[str]:
+    """Return the targets of the C++ tests that run on a device: one for each folder of tests/cuda that has some."""
+    folders = {path.parent.name for path in (ROOT / "tests" / "cuda").glob("*/*_test.cpp")}
+    return [f"{folder}_device_test" for folder in sorted(folders)]
 
 
 def sanitizer_steps(add: Callable[..., bool], toolkit: Path, has_device: bool) -> list[Step]:
