@@ -103,6 +103,13 @@ void sum_slices(const float* partial, int slices, const RowGroups& groups, int32
                      groups.num_rows, width, epilogue);
 }
 
+// The regime of products that have no slices: few rows are some. Exact float32 has one policy for some and for many.
+inline Regime row_tile_regime(Math math, int64_t num_rows, int64_t num_experts, bool aligned) {
+  const Regime regime = regime_of(num_rows, num_experts, aligned);
+  const bool some = regime == Regime::kFewRows || (regime == Regime::kManyRows && math == Math::kFloat32);
+  return some ? Regime::kSomeRows : regime;
+}
+
 // The kernel of the regime, for products whose result has the groups' rows. Few rows go through slices elsewhere; exact
 // float32 has one policy for some and for many rows, and so one kernel.
 template <Product product, Math math, template <class, bool> class Epilogue, class Arguments>

@@ -28,8 +28,8 @@ void Products<math>::input_gradient(const RowProduct& product, Stream stream) {
   const StoreRowsArguments<T> to{static_cast<T*>(product.out), static_cast<int32_t>(product.width), product.scale};
   const bool aligned = whole_vectors(math, {product.width, product.depth}, {product.left, product.right, product.out});
   launch_row_tiles<Product::kInputGradient, math, StoreRows>(
-      operands(product), to, product.groups, regime_of(product.groups.num_rows, product.groups.num_experts, aligned),
-      stream);
+      operands(product), to, product.groups,
+      row_tile_regime(math, product.groups.num_rows, product.groups.num_experts, aligned), stream);
 }
 
 template <Math math>
