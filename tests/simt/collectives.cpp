@@ -124,8 +124,7 @@ float tf32_value(uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u
 
 void mma_tf32(const Words* in, Words* out, uint32_t) {
   multiply<8>(
-      in, out,
-      [&](uint32_t row, uint32_t k) { return tf32_value(in[row % 8 * 4 + k % 4].word[row / 8 + k / 4 * 2]); },
+      in, out, [&](uint32_t row, uint32_t k) { return tf32_value(in[row % 8 * 4 + k % 4].word[row / 8 + k / 4 * 2]); },
       [&](uint32_t k, uint32_t column) { return tf32_value(in[column * 4 + k % 4].word[4 + k / 4]); });
 }
 

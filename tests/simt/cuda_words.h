@@ -24,14 +24,10 @@ inline constexpr int warpSize = 32;
 
 // ---- Vectors ----
 
-#define SIMT_VECTORS(type, scalar)                                                                \
-  struct __align__(2 * sizeof(scalar)) type##2 {                                                  \
-    scalar x, y;                                                                                  \
-  };                                                                                              \
-  struct __align__(4 * sizeof(scalar) < 16 ? 4 * sizeof(scalar) : 16) type##4 {                   \
-    scalar x, y, z, w;                                                                            \
-  };                                                                                              \
-  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; }                            \
+#define SIMT_VECTORS(type, scalar)                                                                    \
+  struct __align__(2 * sizeof(scalar)) type##2 { scalar x, y; };                                      \
+  struct __align__(4 * sizeof(scalar) < 16 ? 4 * sizeof(scalar) : 16) type##4 { scalar x, y, z, w; }; \
+  inline type##2 make_##type##2(scalar x, scalar y) { return {x, y}; }                                \
   inline type##4 make_##type##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 SIMT_VECTORS(int, int)
 SIMT_VECTORS(uint, unsigned int)
@@ -101,9 +97,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 
 // ---- Barriers and fences ----
 
-inline void __syncthreads(simt::Site site = simt::Site::here()) {
-  simt::block_barrier(simt::Barrier::kPlain, 0, site);
-}
+inline void __syncthreads(simt::Site site = simt::Site::here()) { simt::block_barrier(simt::Barrier::kPlain, 0, site); }
 inline int __syncthreads_or(int predicate, simt::Site site = simt::Site::here()) {
   return simt::block_barrier(simt::Barrier::kOr, predicate, site);
 }
@@ -127,7 +121,8 @@ namespace simt {
 template <class T>
 T shuffle(uint32_t mask, T value, int source, int width, Site site) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles move 4 or 8 bytes");
-  if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail("the width of a shuffle must be a power of two", site);
+  if (width < 1 || width > 32 || (width & (width - 1)) != 0)
+    fail("the width of a shuffle must be a power of two", site);
   const int segment = lane() & ~(width - 1);
   const bool inside = source >= segment && source < segment + width;
   Words words{};
@@ -202,22 +197,22 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, simt::Site site
 
 // ---- Atomics: relaxed, so that only __threadfence and barriers order other accesses ----
 
-#define SIMT_ATOMICS(type)                                                                \
-  inline type atomicAdd(type* address, type value, simt::Site site = simt::Site::here()) { \
-    simt::check_atomic(address, sizeof(type), site);                                      \
-    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);                          \
-  }                                                                                       \
-  inline type atomicExch(type* address, type value, simt::Site site = simt::Site::here()) { \
-    simt::check_atomic(address, sizeof(type), site);                                      \
-    return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);                         \
-  }                                                                                       \
-  inline type atomicMax(type* address, type value, simt::Site site = simt::Site::here()) { \
-    simt::check_atomic(address, sizeof(type), site);                                      \
-    type old = __atomic_load_n(address, __ATOMIC_RELAXED);                                \
-    while (old < value && !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_RELAXED, \
-                                                       __ATOMIC_RELAXED)) {               \
-    }                                                                                     \
-    return old;                                                                           \
+#define SIMT_ATOMICS(type)                                                                                  \
+  inline type atomicAdd(type* address, type value, simt::Site site = simt::Site::here()) {                  \
+    simt::check_atomic(address, sizeof(type), site);                                                        \
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);                                            \
+  }                                                                                                         \
+  inline type atomicExch(type* address, type value, simt::Site site = simt::Site::here()) {                 \
+    simt::check_atomic(address, sizeof(type), site);                                                        \
+    return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);                                           \
+  }                                                                                                         \
+  inline type atomicMax(type* address, type value, simt::Site site = simt::Site::here()) {                  \
+    simt::check_atomic(address, sizeof(type), site);                                                        \
+    type old = __atomic_load_n(address, __ATOMIC_RELAXED);                                                  \
+    while (old < value &&                                                                                   \
+           !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
+    }                                                                                                       \
+    return old;                                                                                             \
   }
 SIMT_ATOMICS(int)
 SIMT_ATOMICS(unsigned int)

@@ -23,8 +23,8 @@ class Fiber {
   static void begin();
 
   void (*entry_)() = nullptr;
-  char* stack_ = nullptr;  // null for the host's own
-  void* top_ = nullptr;    // stack pointer while not running
+  char* stack_ = nullptr;                  // null for the host's own
+  void* top_ = nullptr;                    // stack pointer while not running
   [[maybe_unused]] ucontext_t context_{};  // in its place where there is no assembly
   [[maybe_unused]] void* asan_fake_stack_ = nullptr;
   const void* asan_bottom_ = nullptr;  // as AddressSanitizer told it

@@ -108,9 +108,8 @@ TEST(PlantedBugs, AMaskWithLanesThatABlockDoesNotHave) {
 }
 
 TEST(PlantedBugs, AMaskWithoutTheCallingLane) {
-  at_every_schedule([&] {
-    EXPECT_THAT(verdict([] { __syncwarp(0xffff); }, 32), HasSubstr("the mask lacks the calling lane"));
-  });
+  at_every_schedule(
+      [&] { EXPECT_THAT(verdict([] { __syncwarp(0xffff); }, 32), HasSubstr("the mask lacks the calling lane")); });
 }
 
 TEST(PlantedBugs, MasksThatDisagree) {
@@ -241,7 +240,8 @@ TEST(PlantedBugs, UninitializedSharedMemory) {
     load_shared(&tile[threadIdx.x ^ 1]);
   };
   at_every_schedule([&] {
-    EXPECT_THAT(verdict(kernel, 64), AllOf(HasSubstr("thread (8, 0, 0)"), HasSubstr("that is uninitialized: byte 36 of")));
+    EXPECT_THAT(verdict(kernel, 64),
+                AllOf(HasSubstr("thread (8, 0, 0)"), HasSubstr("that is uninitialized: byte 36 of")));
   });
 }
 
@@ -357,7 +357,8 @@ TEST_F(PipelineBugs, OutstandingCopies) {
   };
   at_every_schedule([&] {
     for (const bool commits : {true, false}) {
-      EXPECT_THAT(verdict(kernel, 32, data.data(), commits), HasSubstr("1 asynchronous copies are outstanding at exit"));
+      EXPECT_THAT(verdict(kernel, 32, data.data(), commits),
+                  HasSubstr("1 asynchronous copies are outstanding at exit"));
     }
   });
 }

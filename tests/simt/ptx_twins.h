@@ -71,8 +71,7 @@ inline void mma(const simt::Collective& what, float (&d)[4], const uint32_t (&a)
   for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(words.word[i]);
 }
 template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                  simt::Site site = simt::Site::here()) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt::Site site = simt::Site::here()) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "bfloat16 or float16");
   mma(std::is_same_v<T, __half> ? simt::kMmaHalf : simt::kMmaBFloat16, d, a, b, site);
 }

@@ -212,7 +212,8 @@ std::string deadlock() {
     stream << "; " << (alike.size() == 1 ? "thread " : "threads ") << ranges(alike)
            << (alike.size() == 1 ? " waits" : " wait") << " at " << first.waits_at << ", " << at(first.site);
     if (first.collective != nullptr) {
-      stream << ", for " << lanes_of(first.mask & ~block.warps[i / kWarpLanes].waiting) << " of warp " << i / kWarpLanes;
+      stream << ", for " << lanes_of(first.mask & ~block.warps[i / kWarpLanes].waiting) << " of warp "
+             << i / kWarpLanes;
     }
   }
   return stream.str();
@@ -290,7 +291,8 @@ void leave_block() {
   for (uint32_t others = warp.waiting; others != 0; others &= others - 1) {
     const Thread& other = *block.threads[me.index / kWarpLanes * kWarpLanes + std::countr_zero(others)];
     if (other.mask & bit) {
-      fail(text("exits, but is in the mask of ", other.waits_at, " in which thread ", other.index, " waits"), other.site);
+      fail(text("exits, but is in the mask of ", other.waits_at, " in which thread ", other.index, " waits"),
+           other.site);
     }
   }
   warp.exited |= bit;

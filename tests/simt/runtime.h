@@ -123,7 +123,7 @@ struct Words {
 struct Collective {
   const char* name;
   void (*combine)(const Words* in, Words* out, uint32_t mask);  // both [32], by lane; throws a const char* if illegal
-  uint64_t Counters::*counter;                                  // or null
+  uint64_t Counters::* counter;                                 // or null
   bool aligned;                                                 // needs all 32 lanes at one place of the source
   bool orders_memory;
 };

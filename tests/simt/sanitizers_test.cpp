@@ -32,21 +32,23 @@ void run(unsigned blocks, unsigned threads, const Body& body) {
 // Whatever stands below is legal without its last line.
 TEST_F(AddressDeathTest, SharedOverrun) {
   NEEDS(kAddressSanitizer);
-  EXPECT_DEATH(run(1, 1, [] {
-                 DYNAMIC_MOE_SHARED(float, tile, 30);
-                 tile[29] = 1;
-                 (&tile[0])[30 + threadIdx.x] = 1;
-               }),
+  EXPECT_DEATH(run(1, 1,
+                   [] {
+                     DYNAMIC_MOE_SHARED(float, tile, 30);
+                     tile[29] = 1;
+                     (&tile[0])[30 + threadIdx.x] = 1;
+                   }),
                "use-after-poison");
 }
 
 TEST_F(AddressDeathTest, DynamicSharedOverrun) {
   NEEDS(kAddressSanitizer);
-  EXPECT_DEATH(run(1, 1, [] {
-                 DYNAMIC_MOE_DYNAMIC_SHARED(volatile float, tile);
-                 tile[15] = 1;
-                 tile[16 + threadIdx.x] = 1;
-               }),
+  EXPECT_DEATH(run(1, 1,
+                   [] {
+                     DYNAMIC_MOE_DYNAMIC_SHARED(volatile float, tile);
+                     tile[15] = 1;
+                     tile[16 + threadIdx.x] = 1;
+                   }),
                "use-after-poison");
 }
 
@@ -78,20 +80,22 @@ TEST_F(AddressDeathTest, RowBeyondTheEndThatIsThenMasked) {
   DeviceBuffer<float> rows(3 * 8), sums(4);
   const volatile float* from = rows.data();
   float* to = sums.data();
-  EXPECT_DEATH(run(1, 4, [&] {
-                 const float value = from[threadIdx.x * 8];
-                 to[threadIdx.x] = threadIdx.x < 3 ? value : 0.0f;
-               }),
+  EXPECT_DEATH(run(1, 4,
+                   [&] {
+                     const float value = from[threadIdx.x * 8];
+                     to[threadIdx.x] = threadIdx.x < 3 ? value : 0.0f;
+                   }),
                "heap-buffer-overflow");
 }
 
 TEST_F(AddressDeathTest, ArrayOfAThreadOverrun) {
   NEEDS(kAddressSanitizer);
-  EXPECT_DEATH(run(1, 32, [] {
-                 [[maybe_unused]] volatile float registers[4] = {};
-                 __syncthreads();
-                 registers[threadIdx.x] = 1;
-               }),
+  EXPECT_DEATH(run(1, 32,
+                   [] {
+                     [[maybe_unused]] volatile float registers[4] = {};
+                     __syncthreads();
+                     registers[threadIdx.x] = 1;
+                   }),
                "stack-buffer-overflow|out of bounds");
 }
 

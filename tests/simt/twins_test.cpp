@@ -85,7 +85,8 @@ TEST(Collectives, VoteAndMatch) {
   const auto ballot = by_thread<unsigned>(32, [](int t) { return __ballot_sync(0xffffffffu, t % 3 == 0 ? -4 : 0); });
   const auto any = by_thread<int>(64, [](int t) { return __any_sync(0xffffffffu, t == 40) + 2 * __any_sync(~0u, 0); });
   const auto all = by_thread<int>(64, [](int t) { return __all_sync(0xffffffffu, t < 40) + 2 * __all_sync(~0u, 1); });
-  const auto equal = by_thread<unsigned>(32, [](int t) { return __match_any_sync(0xffffffffu, t % 2 == 0 ? -1 : t / 16); });
+  const auto equal =
+      by_thread<unsigned>(32, [](int t) { return __match_any_sync(0xffffffffu, t % 2 == 0 ? -1 : t / 16); });
   unsigned thirds = 0;
   for (int t = 0; t < 32; t += 3) thirds |= 1u << t;
   for (int t = 0; t < 64; ++t) {
@@ -212,10 +213,10 @@ std::vector<uint32_t> loaded(const Load& load) {
 
 // PTX ISA, ldmatrix: lane 9 holds row 2, elements 2 and 3.
 TEST(Ldmatrix, GivesEachLaneTwoElementsOfARow) {
-  const auto got = loaded<4>([](uint32_t(&r)[4], const uint16_t* row) { ptx::ldmatrix_x4(r, row); });
+  const auto got = loaded<4>([](uint32_t (&r)[4], const uint16_t* row) { ptx::ldmatrix_x4(r, row); });
   EXPECT_EQ(got[9 * 4 + 0], 18u | 19u << 16);
   EXPECT_EQ(got[9 * 4 + 3], (192u + 18u) | (192u + 19u) << 16);
-  const auto two = loaded<2>([](uint32_t(&r)[2], const uint16_t* row) { ptx::ldmatrix_x2(r, row); });
+  const auto two = loaded<2>([](uint32_t (&r)[2], const uint16_t* row) { ptx::ldmatrix_x2(r, row); });
   for (uint32_t lane = 0; lane < 32; ++lane) {
     for (uint32_t matrix = 0; matrix < 4; ++matrix) {
       const uint32_t first = 64 * matrix + 8 * (lane / 4) + 2 * (lane % 4);
@@ -229,9 +230,9 @@ TEST(Ldmatrix, GivesEachLaneTwoElementsOfARow) {
 
 // Transposed: lane 9 holds column 2, elements of rows 2 and 3.
 TEST(Ldmatrix, TransposesEachMatrix) {
-  const auto got = loaded<4>([](uint32_t(&r)[4], const uint16_t* row) { ptx::ldmatrix_x4_trans(r, row); });
+  const auto got = loaded<4>([](uint32_t (&r)[4], const uint16_t* row) { ptx::ldmatrix_x4_trans(r, row); });
   EXPECT_EQ(got[9 * 4 + 0], 18u | 26u << 16);
-  const auto two = loaded<2>([](uint32_t(&r)[2], const uint16_t* row) { ptx::ldmatrix_x2_trans(r, row); });
+  const auto two = loaded<2>([](uint32_t (&r)[2], const uint16_t* row) { ptx::ldmatrix_x2_trans(r, row); });
   for (uint32_t lane = 0; lane < 32; ++lane) {
     for (uint32_t matrix = 0; matrix < 4; ++matrix) {
       const uint32_t first = 64 * matrix + 8 * (2 * (lane % 4)) + lane / 4;
@@ -314,7 +315,7 @@ void multiply_16(int lane, float (&d)[4]) {
 TEST(Mma, FollowsTheFragmentTablesForBFloat16) { expect_product(16, multiply_16<__nv_bfloat16>); }
 TEST(Mma, FollowsTheFragmentTablesForFloat16) { expect_product(16, multiply_16<__half>); }
 TEST(Mma, FollowsTheFragmentTablesForTf32) {
-  expect_product(8, [](int lane, float(&d)[4]) {
+  expect_product(8, [](int lane, float (&d)[4]) {
     uint32_t a[4], b[2];
     // The bits below TF32 must not matter.
     for (int i = 0; i < 4; ++i) a[i] = ptx::float_to_tf32(a_at(place_a_tf32(lane, i))) | 0x1fffu;

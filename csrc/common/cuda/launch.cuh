@@ -40,9 +40,10 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   constexpr size_t kWithoutOptIn = 48 * 1024;
   if (shared_bytes > kWithoutOptIn) {
     check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        name);
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments...);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream.handle)> > >(arguments...);
   check_cuda(cudaGetLastError(), name);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One function for each PTX instruction that the kernels use and nothing more in it: the tests' twins (simt/ptx_twins.h)
-// cannot see a wrong operand in here. Source: PTX ISA 9.0, the sections of the instructions' names.
+// One function for each PTX instruction that the kernels use and nothing more in it: the tests' twins
+// (simt/ptx_twins.h) cannot see a wrong operand in here. Source: PTX ISA 9.0, the sections of the instructions' names.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +44,8 @@ __device__ __forceinline__ void cp_async_zfill(void* shared, const void* global,
                  "r"(source_bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(kBytes),
-                 "r"(source_bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(kBytes), "r"(source_bytes)
                  : "memory");
   }
 }
@@ -86,9 +86,10 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
-// mma: d += a b with a [16, 16] and b [16, 8] of T, d [16, 8] of float32. Fragments of lane l, with g = l / 4, t = l % 4:
-// a[0..3] hold k = 2 t and the next of rows g, g + 8, then the same at k + 8; b[0..1] hold k = 2 t and the next of
-// column g, then k + 8; d[0..1] hold columns 2 t and the next of row g, d[2..3] of row g + 8. The lower half comes first.
+// mma: d += a b with a [16, 16] and b [16, 8] of T, d [16, 8] of float32. Fragments of lane l, with g = l / 4, t = l %
+// 4: a[0..3] hold k = 2 t and the next of rows g, g + 8, then the same at k + 8; b[0..1] hold k = 2 t and the next of
+// column g, then k + 8; d[0..1] hold columns 2 t and the next of row g, d[2..3] of row g + 8. The lower half comes
+// first.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -135,9 +136,7 @@ __device__ __forceinline__ V load_global_once(const V* address) {
   if constexpr (sizeof(V) == 4) {
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(word[0]) : "l"(address));
   } else if constexpr (sizeof(V) == 8) {
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(word[0]), "=r"(word[1])
-                 : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(address));
   } else {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
@@ -159,8 +158,8 @@ __device__ __forceinline__ void store_global_streaming(V* address, V value) {
   } else if constexpr (sizeof(V) == 8) {
     asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(word[0]), "r"(word[1]) : "memory");
   } else {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[0]), "r"(word[1]),
-                 "r"(word[2]), "r"(word[3])
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                 "r"(word[3])
                  : "memory");
   }
 }

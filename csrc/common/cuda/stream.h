@@ -19,7 +19,7 @@ struct Workspace {
 
 struct DeviceLimits {
   int sm_count;
-  int major, minor;                  // compute capability
+  int major, minor;                   // compute capability
   size_t max_shared_bytes_per_block;  // with the opt-in for more than 48 KiB
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory for tests, on a device or in the host harness: exactly as large as asked for, 256-byte aligned, and full
-// of 0xff, which is NaN in every type, until something is uploaded.
+// Device memory for tests, on a device or in the host harness: exactly as large as asked for, 256-byte aligned, and
+// full of 0xff, which is NaN in every type, until something is uploaded.
 #pragma once
 
 #include <cstdint>
