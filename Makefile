@@ -5,6 +5,8 @@ PYTHON ?= python3
 DEMO_ARGS ?= --minutes 4 --name demo
 TEST_ARGS ?=
 BENCH_ARGS ?=
+CUDA_ARGS ?=
+GPU_ARGS ?=
 
 VENV := .venv/bin/python
 NEEDS := $(PYTHON) build_support/make_venv.py
@@ -12,10 +14,10 @@ INSTALL := $(VENV) -m pip install --quiet --disable-pip-version-check --no-build
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench lint format wheel clean
+.PHONY: help demo test bench cuda-check gpu-check lint format wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## train a small language model on the Python standard library and show the result (DEMO_ARGS)
 	@$(NEEDS) build demo
@@ -31,6 +33,14 @@ bench: ## measure against this machine's ceilings and other implementations (BEN
 	@$(NEEDS) build bench
 	@echo "Building the extension" && $(INSTALL)
 	$(VENV) -m benchmarks $(BENCH_ARGS)
+
+cuda-check: ## compile the CUDA kernels for all architectures, judge the machine code, write docs/kernels.md (no GPU)
+	@$(NEEDS) build cuda
+	$(VENV) build_support/cuda_check.py $(CUDA_ARGS)
+
+gpu-check: ## all tests and benchmarks that need a GPU, into build/gpu-report.md (GPU_ARGS)
+	@$(NEEDS) build demo test bench
+	$(VENV) build_support/gpu_check.py $(GPU_ARGS)
 
 lint: ## ruff, mypy --strict, clang-format, clang-tidy
 	@$(NEEDS) build demo test lint

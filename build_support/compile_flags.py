@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which flags compile which source file: the table ``csrc/common/isa_flags.txt``, which CMake reads too."""
+"""Which flags compile which source file; for C++ by the table ``csrc/common/isa_flags.txt``, which CMake reads too."""
 
 from __future__ import annotations
 
@@ -54,3 +54,9 @@ def base_flags() -> list[str]:
     """Return the flags of every C++ file: optimized, without debug information, without this machine's paths."""
     flags = ["-O3", "-g0", "-DNDEBUG", "-fPIC", f"-ffile-prefix-map={ROOT}=dynamic_moe"]
     return [*flags, *flag_table()["base"], *(f"-DDYNAMIC_MOE_HAS_{name.upper()}=1" for name in compiled_levels())]
+
+
+def cuda_flags() -> list[str]:
+    """Return nvcc's flags for every CUDA file. Device code stays within C++17; ptxas says what each kernel takes."""
+    host = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=dynamic_moe"]
+    return ["-O3", "-std=c++17", "-DNDEBUG", "-Xptxas=-v", *(f"-Xcompiler={flag}" for flag in host)]

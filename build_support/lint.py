@@ -101,6 +101,7 @@ def binding_flags() -> list[str]:
     folders = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"]
     folders += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     flags = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020d000000000000", '-DDYNAMIC_MOE_VERSION="lint"']
+    flags.append('-DDYNAMIC_MOE_CUDA_TOOLKIT="lint"')  # so that the operators of CUDA are looked at too
     return [*flags, f"-I{CSRC}", *(part for folder in folders for part in ("-isystem", str(folder)))]
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,12 +24,12 @@ from pathlib import Path
 
 import ninja
 import pybind11
-from compile_flags import CSRC, ROOT, base_flags, compiled_levels, compiler, flag_table, level_of
+from compile_flags import CSRC, ROOT, base_flags, compiled_levels, compiler, cuda_flags, flag_table, level_of
+from cuda_toolkit import CUDA_ARCHITECTURES, cuda_toolkit, nvcc_version
 from setuptools import Extension
 from torch.utils import cpp_extension
 
 TORCH_TARGET = (2, 13)
-CUDA_ARCHITECTURES = "8.0;9.0a;10.0a;12.0+PTX"
 
 # cpp_extension and this file both look for ninja on PATH; pip puts it where PATH need not point.
 os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
@@ -39,7 +38,7 @@ os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")]
 def extension() -> Extension:
     """Describe ``dynamic_moe._C``: every source but those of the CPU levels, which `BuildNative` adds as objects."""
     toolkit = cuda_toolkit()
-    cuda_sources = sorted(CSRC.rglob("*_cuda.cu")) if toolkit else []
+    cuda_sources = sorted(CSRC.rglob("*.cu")) if toolkit else []
     cpp_sources = [path for path in sorted(CSRC.rglob("*.cpp")) if level_of(path) is None]
     sources = [os.path.relpath(path, ROOT) for path in cpp_sources + cuda_sources]
     make = cpp_extension.CUDAExtension if cuda_sources else cpp_extension.CppExtension
@@ -124,39 +123,3 @@ def header_flags() -> list[str]:
     """Return flags that keep torch's headers out of the warnings, and their place on this machine out of the binary."""
     torch = Path(cpp_extension.__file__).parent.parent
     return ["-isystem", str(torch / "include"), f"-ffile-prefix-map={torch}=torch"]
-
-
-def cuda_flags() -> list[str]:
-    """Return nvcc's flags; device code stays within C++17."""
-    host = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=dynamic_moe"]
-    return ["-O3", "-std=c++17", "-DNDEBUG", *(f"-Xcompiler={flag}" for flag in host)]
-
-
-def cuda_toolkit() -> Path | None:
-    """Return the CUDA toolkit to build with, or None for a CPU build.
-
-    A ``nvcc`` on PATH may be a wrapper script, so its folder counts only if the toolkit's headers are beside it.
-    """
-    wish = os.environ.get("DYNAMIC_MOE_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise ValueError(f"DYNAMIC_MOE_CUDA must be 0, 1 or unset, got {wish!r}")
-    if wish == "0":
-        return None
-    nvcc = shutil.which("nvcc")
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places.append(str(Path(nvcc).resolve().parent.parent) if nvcc else None)
-    for place in filter(None, places):
-        if (Path(place) / "bin" / "nvcc").exists() and (Path(place) / "include" / "cuda_runtime.h").exists():
-            return Path(place)
-    if wish == "1":
-        raise RuntimeError("DYNAMIC_MOE_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to its folder")
-    return None
-
-
-def nvcc_version(toolkit: Path) -> str:
-    """Return the release of a toolkit's compiler, e.g. ``13.0``."""
-    output = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"release (\d+\.\d+)", output)
-    if match is None:
-        raise RuntimeError(f"cannot read the version of {toolkit}/bin/nvcc from {output!r}")
-    return match[1]

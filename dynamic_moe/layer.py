@@ -33,6 +33,9 @@ class DynamicMoE(nn.Module):
         Width of a :class:`~dynamic_moe.experts.SharedExpert`. Default: no shared expert.
     shared_gated : bool, default False
         Whether the shared expert has a sigmoid gate.
+    static_rows : bool, default False
+        On CUDA, never wait for the device: buffers hold T * K rows, whatever the router decides, and a CUDA graph can
+        hold the layer. Give the router a cap of experts per token (``max_experts``), as K is E without one.
     init_std : float, default 0.02
         Weights start as N(0, init_std^2).
     device, dtype : optional
@@ -71,6 +74,7 @@ class DynamicMoE(nn.Module):
         router: nn.Module | None = None,
         shared_intermediate_size: int | None = None,
         shared_gated: bool = False,
+        static_rows: bool = False,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -87,7 +91,13 @@ class DynamicMoE(nn.Module):
         _check_router(router, hidden_size, num_experts)
         self.router = router
         self.experts = SwiGLUExperts(
-            num_experts, hidden_size, intermediate_size, init_std=init_std, device=device, dtype=dtype
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            static_rows=static_rows,
+            init_std=init_std,
+            device=device,
+            dtype=dtype,
         )
         self.shared_expert: SharedExpert | None = None
         if shared_intermediate_size is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, silu
+from torch.nn.functional import one_hot, pad, silu
 
 from dynamic_moe.ops import Gating, Permutation, checked_mode
 from dynamic_moe.ops._common import accumulator_dtype
@@ -117,7 +117,7 @@ def _gating(
     )
 
 
-def permute(expert_ids: Tensor, num_experts: int) -> Permutation:
+def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) -> Permutation:
     """See `dynamic_moe.ops.permute`."""
     flat_ids = expert_ids.flatten()
     flat_ids = torch.where((flat_ids >= 0) & (flat_ids < num_experts), flat_ids, num_experts).long()
@@ -127,10 +127,14 @@ def permute(expert_ids: Tensor, num_experts: int) -> Permutation:
     row_slot = flat_ids.argsort(stable=True)[:num_rows]  # unused slots sort behind the last expert
     slot_row = torch.full_like(flat_ids, -1)
     slot_row[row_slot] = torch.arange(num_rows, device=row_slot.device)
+    row_token = row_slot.div(max(expert_ids.shape[1], 1), rounding_mode="floor")
+    if static_rows:
+        unused = (0, flat_ids.numel() - num_rows)
+        row_slot, row_token = pad(row_slot, unused), pad(row_token, unused)
     return Permutation(
         tokens_per_expert=tokens_per_expert.to(torch.int32),
         expert_offsets=expert_offsets.to(torch.int32),
-        row_token=row_slot.div(max(expert_ids.shape[1], 1), rounding_mode="floor").to(torch.int32),
+        row_token=row_token.to(torch.int32),
         row_slot=row_slot.to(torch.int32),
         slot_row=slot_row.to(torch.int32).view(expert_ids.shape),
     )
@@ -154,6 +158,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, expert_offsets: Tensor, row_token:
     products = [
         rows[first[e] : first[e + 1]].to(acc) @ weight[e].to(acc).transpose(0, 1) for e in range(weight.shape[0])
     ]
+    products.append(rows.new_zeros((rows.shape[0] - first[-1], weight.shape[1]), dtype=acc))  # rows that are not live
     return torch.cat(products).to(x.dtype)
 
 
@@ -164,11 +169,13 @@ def expert_mlp(
     expert_ids: Tensor,
     expert_weights: Tensor,
     permutation: Permutation | None = None,
+    *,
+    static_rows: bool = False,
 ) -> Tensor:
     """See `dynamic_moe.ops.expert_mlp`. Sums are rounded to the dtype of ``x`` once, at the end."""
     acc = accumulator_dtype(x.dtype)
     if permutation is None:
-        permutation = permute(expert_ids, down_proj.shape[0])
+        permutation = permute(expert_ids, down_proj.shape[0], static_rows=static_rows)
     gate_up = grouped_matmul(x.to(acc), gate_up_proj.to(acc), permutation.expert_offsets, permutation.row_token)
     gate, up = gate_up.chunk(2, dim=1)
     rows = grouped_matmul(silu(gate) * up, down_proj.to(acc), permutation.expert_offsets)

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/checks.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <limits>
 #include <string>
@@ -105,20 +102,12 @@ ScalarType scalar_type(DType dtype) {
 
 ScalarType accumulator_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
-Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  if (!tensor.is_cpu()) fail(name, " must be on the CPU like the other arguments");
+void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
   const ScalarType actual = tensor.scalar_type();
   if (actual != dtype || !matches(tensor.sizes(), shape)) {
     fail(name, " must be ", dtype_name(dtype), " of shape ", shape_name(shape), ", got ", dtype_name(actual),
          " of shape ", shape_name(tensor.sizes()));
   }
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-OptionalTensor checked(const char* name, const OptionalTensor& tensor, ScalarType dtype,
-                       std::initializer_list<int64_t> shape) {
-  if (!tensor) return std::nullopt;
-  return checked(name, *tensor, dtype, shape);
 }
 
 void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
@@ -129,16 +118,19 @@ void check_fits_int32(const char* name, int64_t value) {
   if (value > kInt32Max) fail(name, " must be at most ", kInt32Max, " (rows are numbered in int32), got ", value);
 }
 
-void check_elements(const char* name, const Tensor& tensor, int64_t low, int64_t high) {
+void check_elements(const char* name, const Tensor& tensor, int64_t count, int64_t low, int64_t high) {
   const int32_t* elements = data<int32_t>(tensor);
-  const int64_t count = tensor.numel();
   const int64_t bad = first_bad(count, [=](int64_t i) { return (elements[i] < low) | (elements[i] > high); });
   if (bad < count) {
     fail(name, " must hold values in [", low, ", ", high, "], got ", elements[bad], " at flat index ", bad);
   }
 }
 
-void check_offsets(const Tensor& expert_offsets, int64_t num_rows) {
+void check_elements(const char* name, const Tensor& tensor, int64_t low, int64_t high) {
+  check_elements(name, tensor, tensor.numel(), low, high);
+}
+
+int64_t check_offsets(const Tensor& expert_offsets, int64_t num_rows) {
   const int32_t* offsets = data<int32_t>(expert_offsets);
   const int64_t num_experts = expert_offsets.numel() - 1;
   if (num_experts < 1) fail("expert_offsets must have E + 1 >= 2 entries, got ", expert_offsets.numel());
@@ -148,27 +140,28 @@ void check_offsets(const Tensor& expert_offsets, int64_t num_rows) {
       fail("expert_offsets must not descend, got ", offsets[e], " then ", offsets[e + 1], " at expert ", e);
     }
   }
-  if (offsets[num_experts] != num_rows) {
-    fail("expert_offsets must end at the number of rows, ", num_rows, ", got ", offsets[num_experts]);
+  if (offsets[num_experts] > num_rows) {
+    fail("expert_offsets must end at most at the number of rows, ", num_rows, ", got ", offsets[num_experts]);
   }
+  return offsets[num_experts];
 }
 
-void check_rows(const Tensor& row_token, const Tensor& row_slot, int64_t num_tokens, int64_t max_experts) {
-  check_elements("row_token", row_token, 0, num_tokens - 1);
+void check_rows(const Tensor& row_token, const Tensor& row_slot, int64_t live_rows, int64_t num_tokens,
+                int64_t max_experts) {
+  check_elements("row_token", row_token, live_rows, 0, num_tokens - 1);
   const int32_t* token = data<int32_t>(row_token);
   const int32_t* slot = data<int32_t>(row_slot);
-  const int64_t num_rows = row_token.numel();
-  const int64_t bad = first_bad(num_rows, [=](int64_t r) {
+  const int64_t bad = first_bad(live_rows, [=](int64_t r) {
     const int64_t k = slot[r] - token[r] * max_experts;
     return (k < 0) | (k >= max_experts);
   });
-  if (bad < num_rows) {
+  if (bad < live_rows) {
     fail("row_slot must be a slot of the row's own token, in [", token[bad] * max_experts, ", ",
          (token[bad] + 1) * max_experts - 1, "] for token ", token[bad], ", got ", slot[bad], " at row ", bad);
   }
 }
 
-void check_slot_row(const Tensor& slot_row, int64_t num_rows) {
+int64_t check_slot_row(const Tensor& slot_row, int64_t num_rows) {
   check_elements("slot_row", slot_row, -1, num_rows - 1);
   const int32_t* rows = data<int32_t>(slot_row);
   std::vector<bool> seen(static_cast<size_t>(num_rows));
@@ -179,24 +172,7 @@ void check_slot_row(const Tensor& slot_row, int64_t num_rows) {
     seen[static_cast<size_t>(rows[slot])] = true;
     ++count;
   }
-  if (count != num_rows) fail("slot_row must name each of the ", num_rows, " rows once, got ", count, " of them");
-}
-
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  std::array<int64_t, 4> strides{};
-  int64_t stride = 1;
-  for (size_t dim = shape.size(); dim-- > 0;) {
-    strides[dim] = stride;
-    stride *= std::max<int64_t>(shape.begin()[dim], 1);
-  }
-  // Straight to the allocator's entry: through the dispatcher (torch::stable::empty) it takes several times as long,
-  // and a call of one token allocates up to seven outputs.
-  AtenTensorHandle handle{};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return count;
 }
 
 }  // namespace dynamic_moe::bindings

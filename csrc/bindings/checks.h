@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks of the operators' arguments. Python (dynamic_moe/ops) checks first and speaks to the user; this is the second
 // line, for whoever calls torch.ops.dynamic_moe.* directly: no argument, however wrong, may crash the process.
-// Everything here throws std::invalid_argument, which reaches Python as a ValueError.
+// Everything here throws std::invalid_argument, which reaches Python as a ValueError. Which device a tensor must be on
+// is backend.h's to check.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -38,29 +39,29 @@ ScalarType scalar_type(DType dtype);
 // float64 for float64, else float32: the dtype of sums, gate weights and statistics.
 ScalarType accumulator_type(DType dtype);
 
-// Fails unless `tensor` is a CPU tensor of this dtype and shape. Returns it with contiguous rows (a copy if needed).
-Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape);
-OptionalTensor checked(const char* name, const OptionalTensor& tensor, ScalarType dtype,
-                       std::initializer_list<int64_t> shape);
+// Fails unless `tensor` has this dtype and shape.
+void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape);
 
 // Fails unless `value` is in [low, high].
 void check_range(const char* name, int64_t value, int64_t low, int64_t high);
 void check_fits_int32(const char* name, int64_t value);
 
-// Fails unless every element is in [low, high]. The tensor is int32 and contiguous.
+// The checks from here on read the values: they are for CPU tensors alone.
+
+// Fails unless every element, or the first `count`, is in [low, high]. The tensor is int32 and contiguous.
+void check_elements(const char* name, const Tensor& tensor, int64_t count, int64_t low, int64_t high);
 void check_elements(const char* name, const Tensor& tensor, int64_t low, int64_t high);
 
-// Fails unless expert_offsets rises from 0 to num_rows.
-void check_offsets(const Tensor& expert_offsets, int64_t num_rows);
+// Fails unless expert_offsets rises from 0 to at most num_rows. Returns R, its last entry: rows beyond are not live.
+int64_t check_offsets(const Tensor& expert_offsets, int64_t num_rows);
 
-// Fails unless row_token[r] is in [0, num_tokens) and row_slot[r] is one of that token's max_experts slots.
-void check_rows(const Tensor& row_token, const Tensor& row_slot, int64_t num_tokens, int64_t max_experts);
+// Fails unless, for the live rows r < R, row_token[r] is in [0, num_tokens) and row_slot[r] is one of that token's
+// max_experts slots.
+void check_rows(const Tensor& row_token, const Tensor& row_slot, int64_t live_rows, int64_t num_tokens,
+                int64_t max_experts);
 
-// Fails unless slot_row names each of the num_rows rows exactly once; -1 marks unused slots.
-void check_slot_row(const Tensor& slot_row, int64_t num_rows);
-
-// An uninitialized contiguous CPU tensor.
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype);
+// Fails unless slot_row names no row twice and none beyond num_rows; -1 marks unused slots. Returns how many it names.
+int64_t check_slot_row(const Tensor& slot_row, int64_t num_rows);
 
 template <class T = void>
 const T* data(const Tensor& tensor) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators' schemas: what torch.ops.dynamic_moe.* is. One file beside this one binds each folder's CPU kernels
-// (ops_gating.cpp, ops_permutation.cpp, ops_grouped_matmul.cpp, ops_expert_mlp.cpp); fakes, autograd and the public
-// functions are Python's (dynamic_moe/ops). Bound through the LibTorch stable ABI: one binary for every torch >= 2.13.
+// The operators' schemas: what torch.ops.dynamic_moe.* is. One file beside this one binds each folder's kernels, those
+// of the CPU and, where the build has them, those of CUDA (ops_gating.cpp, ops_permutation.cpp, ops_grouped_matmul.cpp,
+// ops_expert_mlp.cpp); fakes, autograd and the public functions are Python's (dynamic_moe/ops). Bound through the
+// LibTorch stable ABI: one binary for every torch >= 2.13.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -67,8 +68,8 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       tags);
 
   m.def(
-      "permute(Tensor expert_ids, int num_experts) -> (Tensor tokens_per_expert, Tensor expert_offsets, "
-      "Tensor row_token, Tensor row_slot, Tensor slot_row)",
+      "permute(Tensor expert_ids, int num_experts, bool static_rows=False) -> (Tensor tokens_per_expert, "
+      "Tensor expert_offsets, Tensor row_token, Tensor row_slot, Tensor slot_row)",
       dynamic_tags);
   m.def("combine(Tensor rows, Tensor? weights, Tensor slot_row) -> Tensor", tags);
   m.def(
@@ -76,21 +77,28 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       "-> (Tensor d_rows, Tensor d_weights)",
       tags);
 
-  m.def("grouped_matmul(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? row_token) -> Tensor", tags);
   m.def(
-      "grouped_matmul_dx(Tensor dy, Tensor weight, Tensor expert_offsets, Tensor? row_token, SymInt num_tokens) "
+      "grouped_matmul(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? row_token, bool allow_tf32=False) "
       "-> Tensor",
       tags);
-  m.def("grouped_matmul_dw(Tensor dy, Tensor x, Tensor expert_offsets, Tensor? row_token) -> Tensor", tags);
+  m.def(
+      "grouped_matmul_dx(Tensor dy, Tensor weight, Tensor expert_offsets, Tensor? row_token, SymInt num_tokens, "
+      "bool allow_tf32=False) -> Tensor",
+      tags);
+  m.def(
+      "grouped_matmul_dw(Tensor dy, Tensor x, Tensor expert_offsets, Tensor? row_token, bool allow_tf32=False) "
+      "-> Tensor",
+      tags);
 
   m.def(
       "expert_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor expert_weights, Tensor expert_offsets, "
-      "Tensor row_token, Tensor row_slot, bool keep_pre_activation) -> (Tensor y, Tensor pre_activation)",
+      "Tensor row_token, Tensor row_slot, bool keep_pre_activation, bool allow_tf32=False) "
+      "-> (Tensor y, Tensor pre_activation)",
       tags);
   m.def(
       "expert_mlp_backward(Tensor dy, Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor expert_weights, "
       "Tensor expert_offsets, Tensor row_token, Tensor row_slot, Tensor pre_activation, bool need_x, "
-      "bool need_weights, bool need_expert_weights) "
+      "bool need_weights, bool need_expert_weights, bool allow_tf32=False) "
       "-> (Tensor dx, Tensor d_gate_up_proj, Tensor d_down_proj, Tensor d_expert_weights)",
       tags);
   m.def("prepack_experts(Tensor gate_up_proj, Tensor down_proj) -> Tensor", tags);

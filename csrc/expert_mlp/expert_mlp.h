@@ -7,6 +7,10 @@
 //
 // Kept for the backward pass: x and the pre-activation. The permuted input, the expert's output and its gradient are
 // never stored; the gradient of s_r is <d(s a), a>, so it falls out of the activation's gradient.
+//
+// On CUDA each row's s_r W2_e a and its gradient with respect to x are rounded to dtype in the workspace before a
+// token's rows are added in float32, in the order of its slots. Bounds, workspace and alignment are those of
+// grouped_matmul.h.
 #pragma once
 
 #include "common/types.h"
@@ -26,8 +30,12 @@ struct ExpertMlpParams {
   int64_t hidden_size;         // H
   int64_t intermediate_size;   // I
   DType dtype;                 // of x, the projections, pre_activation and y
+  int64_t num_slots = 0;       // T * K, read on CUDA alone
+  bool allow_tf32 = false;     // CUDA, float32: the products may round their inputs to TF32
 };
 void expert_mlp_cpu(const ExpertMlpParams& params);
+size_t expert_mlp_cuda_workspace(const ExpertMlpParams& params);
+void expert_mlp_cuda(const ExpertMlpParams& params, Workspace workspace, Stream stream);
 
 struct ExpertMlpBackwardParams {
   RowGroups groups;
@@ -46,8 +54,11 @@ struct ExpertMlpBackwardParams {
   int64_t hidden_size;
   int64_t intermediate_size;
   DType dtype;
+  bool allow_tf32 = false;
 };
 void expert_mlp_backward_cpu(const ExpertMlpBackwardParams& params);
+size_t expert_mlp_backward_cuda_workspace(const ExpertMlpBackwardParams& params);
+void expert_mlp_backward_cuda(const ExpertMlpBackwardParams& params, Workspace workspace, Stream stream);
 
 // Inference on weights that are rearranged once, beforehand, into the order in which the kernels read them.
 //

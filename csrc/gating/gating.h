@@ -14,6 +14,7 @@
 // An expert of probability exactly 0 is selected only if p or k cannot be met without it.
 #pragma once
 
+#include "common/cuda/stream.h"
 #include "common/types.h"
 
 namespace dynamic_moe {
@@ -48,6 +49,13 @@ struct GatingParams {
 // are the same bit for bit whatever the number of threads.
 int64_t gating_cpu(const GatingParams& params);
 
+// The same on the current device for float32, bfloat16 and float16 logits and at most 1024 experts; more, float64 or a
+// workspace that is too small are a std::invalid_argument. Writes the number of non-finite tokens to the device memory
+// at `non_finite_tokens`. Reads no device value on the host. Sums over tokens are added in an order that depends on T
+// and E alone.
+void gating_cuda(const GatingParams& params, int32_t* non_finite_tokens, Workspace workspace, Stream stream);
+size_t gating_cuda_workspace(const GatingParams& params);  // bytes
+
 // d logits from the gradients of the outputs; a null gradient is zero. Selection carries no gradient.
 struct GatingBackwardParams {
   const void* probabilities;      // [T, E]
@@ -69,5 +77,7 @@ struct GatingBackwardParams {
 };
 
 void gating_backward_cpu(const GatingBackwardParams& params);
+// The same on the current device, with the limits of gating_cuda. The experts of a token must differ.
+void gating_backward_cuda(const GatingBackwardParams& params, Stream stream);
 
 }  // namespace dynamic_moe

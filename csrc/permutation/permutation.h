@@ -3,6 +3,7 @@
 // a token back together. Nothing is padded. Ids outside [0, E) are unused slots.
 #pragma once
 
+#include "common/cuda/stream.h"
 #include "common/types.h"
 
 namespace dynamic_moe {
@@ -13,6 +14,15 @@ void count_rows_cpu(const int32_t* expert_ids,   // [T, K]
                     int32_t num_experts,         // E
                     int32_t* tokens_per_expert,  // [E]
                     int32_t* expert_offsets);    // [E + 1]
+// Both steps on the current device, for E <= 4096 (more: std::invalid_argument). They share a workspace, in which step
+// 1 leaves for step 2 how many rows each block of slots has. Between them the host may read R, and need not.
+size_t permute_cuda_workspace(int64_t num_slots, int32_t num_experts);  // bytes
+void count_rows_cuda(const int32_t* expert_ids,                         // [T, K]
+                     int64_t num_slots,                                 // T * K < 2^31
+                     int32_t num_experts,                               // E
+                     int32_t* tokens_per_expert,                        // [E]
+                     int32_t* expert_offsets,                           // [E + 1]
+                     Workspace workspace, Stream stream);
 
 // Step 2: the stable permutation.
 struct PermuteParams {
@@ -26,6 +36,9 @@ struct PermuteParams {
   int32_t num_experts;            // E
 };
 void permute_cpu(const PermuteParams& params);
+// row_token and row_slot have `num_rows` elements: R, or more where the host does not know R (T * K always suffice).
+// Those beyond R become 0, an index that is in range wherever there are rows at all.
+void permute_cuda(const PermuteParams& params, int64_t num_rows, Workspace workspace, Stream stream);
 
 // y[t] = sum_k w[t, k] * rows[slot_row[t, k]], added in slot order in float32 (float64 for float64): deterministic.
 struct CombineParams {
@@ -39,6 +52,8 @@ struct CombineParams {
   DType dtype;
 };
 void combine_cpu(const CombineParams& params);
+// On the current device, for float32, bfloat16 and float16; reads no rows but those that slot_row names.
+void combine_cuda(const CombineParams& params, Stream stream);
 
 struct CombineBackwardParams {
   const void* dy;           // [T, H] in dtype
@@ -53,5 +68,7 @@ struct CombineBackwardParams {
   DType dtype;
 };
 void combine_backward_cpu(const CombineBackwardParams& params);
+// Writes no rows but those that slot_row names, here as on the CPU.
+void combine_backward_cuda(const CombineBackwardParams& params, Stream stream);
 
 }  // namespace dynamic_moe

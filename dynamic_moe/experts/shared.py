@@ -83,7 +83,8 @@ class SharedExpert(Prepackable):
         if packed is not None:
             y_TH = ops.expert_mlp_prepacked(x_TH, packed, ids_T1, weights_T1)
         else:
-            y_TH = ops.expert_mlp(x_TH, *self._stacked_weights(), ids_T1, weights_T1)
+            # Every slot is used, so the static buffers are exact and need not be counted.
+            y_TH = ops.expert_mlp(x_TH, *self._stacked_weights(), ids_T1, weights_T1, static_rows=True)
         return y_TH.reshape(x.shape)
 
     def _stacked_weights(self) -> tuple[Tensor, Tensor]:

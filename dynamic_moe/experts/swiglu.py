@@ -19,6 +19,9 @@ class SwiGLUExperts(Prepackable):
     ----------
     num_experts, hidden_size, intermediate_size : int
         E, H and I.
+    static_rows : bool, default False
+        Use buffers of T * K rows, so that the host never waits for a CUDA device and a CUDA graph can hold the call;
+        see :func:`dynamic_moe.ops.permute`.
     init_std : float, default 0.02
         The weights start as N(0, init_std^2).
     device, dtype : optional
@@ -38,6 +41,7 @@ class SwiGLUExperts(Prepackable):
         hidden_size: int,
         intermediate_size: int,
         *,
+        static_rows: bool = False,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -46,6 +50,7 @@ class SwiGLUExperts(Prepackable):
         self.num_experts = check_positive("num_experts", num_experts)
         self.hidden_size = check_positive("hidden_size", hidden_size)
         self.intermediate_size = check_positive("intermediate_size", intermediate_size)
+        self.static_rows = static_rows
         self.init_std = check_std(init_std)
         self.gate_up_proj = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size, device=device, dtype=dtype)
@@ -91,7 +96,9 @@ class SwiGLUExperts(Prepackable):
         if packed is not None:
             y_TH = ops.expert_mlp_prepacked(x_TH, packed, ids_TK, weights_TK)
         else:
-            y_TH = ops.expert_mlp(x_TH, self.gate_up_proj, self.down_proj, ids_TK, weights_TK)
+            y_TH = ops.expert_mlp(
+                x_TH, self.gate_up_proj, self.down_proj, ids_TK, weights_TK, static_rows=self.static_rows
+            )
         return y_TH.reshape(x.shape)
 
     def _stacked_weights(self) -> tuple[Tensor, Tensor]:
@@ -101,7 +108,7 @@ class SwiGLUExperts(Prepackable):
         """Sizes."""
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}"
+            f"intermediate_size={self.intermediate_size}" + (", static_rows=True" if self.static_rows else "")
         )
 
 

@@ -121,6 +121,30 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {device} like the other arguments, got {tensor.device}")
 
 
+def check_float64(name: str, tensor: Tensor) -> None:
+    """Check that an argument is not float64 on CUDA, where no kernel computes in it.
+
+    Raises
+    ------
+    ValueError
+        If it is.
+    """
+    if tensor.dtype == torch.float64 and tensor.device.type == "cuda":
+        raise ValueError(f"{name} must be float32, bfloat16 or float16 on CUDA, got float64")
+
+
+def allow_tf32(x: Tensor) -> bool:
+    """Tell whether a matrix product of x may round its inputs to TF32: as torch's own may, for float32 on CUDA."""
+    return x.dtype == torch.float32 and x.device.type == "cuda" and _torch_allows_tf32()
+
+
+# A compiled graph guards on torch's setting, and is made anew if that changes.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _torch_allows_tf32() -> bool:
+    # The setting that covers both of torch's: the one for all of CUDA, and the older torch.backends...allow_tf32.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast the operands of a matrix product as ``torch.autocast`` asks; float64 stays, as in torch's own rule."""
     device_type = tensors[0].device.type

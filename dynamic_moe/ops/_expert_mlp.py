@@ -12,8 +12,10 @@ from torch.utils.flop_counter import register_flop_formula
 from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     accumulator_dtype,
+    allow_tf32,
     autocast,
     check_device,
+    check_float64,
     check_tensor,
     differentiable,
     needs_grad,
@@ -30,6 +32,8 @@ def expert_mlp(
     expert_ids: Tensor,
     expert_weights: Tensor,
     permutation: Permutation | None = None,
+    *,
+    static_rows: bool = False,
 ) -> Tensor:
     r"""Send each token through its experts and sum their outputs by weight.
 
@@ -39,7 +43,8 @@ def expert_mlp(
     Nothing is padded and no token is dropped; a token without an expert gets 0; an expert without a token costs
     nothing and has a gradient of exactly 0. For the backward pass ``x`` and the pre-activation [R, 2I] are kept, and
     nothing else; without a gradient to compute, nothing is. Sums are float32 (float64 for float64). Under autocast
-    ``x`` and the projections are cast to its dtype.
+    ``x`` and the projections are cast to its dtype. On CUDA, float32 is multiplied as exactly as torch is told to
+    (``torch.backends.cuda.matmul.fp32_precision``).
 
     Parameters
     ----------
@@ -55,6 +60,9 @@ def expert_mlp(
         [T, K]; used as float32 (float64 where ``x`` is float64). Differentiable; the gradient in unused slots is 0.
     permutation : Permutation, optional
         ``permute(expert_ids, E)`` where the caller has it already. Default: computed here.
+    static_rows : bool, default False
+        How to compute it here, see `permute`: with T * K rows the host never waits for the device, and the
+        pre-activation that is kept is [T * K, 2I].
 
     Returns
     -------
@@ -68,6 +76,7 @@ def expert_mlp(
     """
     check_tensor("x", x, FLOAT_DTYPES, T=None, H=None)
     x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
+    check_float64("x", x)
     num_tokens, hidden_size = x.shape
     check_tensor("down_proj", down_proj, (x.dtype,), E=None, H=hidden_size, I=None)
     num_experts, _, intermediate_size = down_proj.shape
@@ -83,7 +92,7 @@ def expert_mlp(
         expert_weights=expert_weights,
     )
     if permutation is None:
-        permutation = permute(expert_ids, num_experts)
+        permutation = permute(expert_ids, num_experts, static_rows=static_rows)
     expert_weights = expert_weights.to(accumulator_dtype(x.dtype))
     keep_pre_activation = needs_grad(x, gate_up_proj, down_proj, expert_weights)
     y: Tensor
@@ -96,6 +105,7 @@ def expert_mlp(
         permutation.row_token,
         permutation.row_slot,
         keep_pre_activation,
+        allow_tf32(x),
     )
     return y
 
@@ -110,6 +120,7 @@ def _fake(
     row_token: Tensor,
     row_slot: Tensor,
     keep_pre_activation: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     num_rows = row_token.shape[0] if keep_pre_activation else 0
     return x.new_empty(x.shape), x.new_empty((num_rows, gate_up_proj.shape[1]))
@@ -129,6 +140,7 @@ def _backward_fake(
     need_x: bool,
     need_weights: bool,
     need_expert_weights: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else (0,)),
@@ -139,7 +151,7 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, keep_pre_activation = inputs
+    *tensors, keep_pre_activation, ctx.allow_tf32 = inputs
     pre_activation = output[1]
     # Without it there is nothing to go back with. That is an error of the backward pass, not of this one: a program
     # exported for inference may be run outside torch.no_grad.
@@ -150,23 +162,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     saved = ctx.saved_tensors  # once: checkpointing unpacks them once only
     if not saved:
         raise RuntimeError("expert_mlp ran with keep_pre_activation=False, as it does under torch.no_grad: no gradient")
     need_x, need_gate_up, need_down, need_weights = ctx.needs_input_grad[:4]
     dx, d_gate_up, d_down, d_weights = raw.expert_mlp_backward.default(
-        dy, *saved, need_x, need_gate_up or need_down, need_weights
+        dy, *saved, need_x, need_gate_up or need_down, need_weights, ctx.allow_tf32
     )
     return (
         dx if need_x else None,
         d_gate_up if need_gate_up else None,
         d_down if need_down else None,
         d_weights if need_weights else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 5,
     )
 
 

@@ -11,8 +11,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
+    allow_tf32,
     autocast,
     check_device,
+    check_float64,
     check_tensor,
     differentiable,
     raw,
@@ -25,7 +27,8 @@ def grouped_matmul(x: Tensor, weight: Tensor, expert_offsets: Tensor, row_token:
 
     Expert e has the rows ``expert_offsets[e]`` to ``expert_offsets[e + 1] - 1``; it may have none, and then costs
     nothing and has a gradient of exactly 0. Sums are float32 (float64 for float64). Under autocast ``x`` and ``weight``
-    are cast to its dtype.
+    are cast to its dtype. On CUDA, float32 is multiplied as exactly as torch is told to
+    (``torch.backends.cuda.matmul.fp32_precision``).
 
     Parameters
     ----------
@@ -34,7 +37,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, expert_offsets: Tensor, row_token:
     weight : Tensor
         [E, N, K] in the dtype of ``x``. Differentiable.
     expert_offsets : Tensor
-        int32 [E + 1], rising from 0 to R.
+        int32 [E + 1], rising from 0 to R. Buffers may have more rows than R; what stands there has no meaning.
     row_token : Tensor, optional
         int32 [R]. Row r reads ``x[row_token[r]]``. Default: row r reads ``x[r]``, and R = T.
 
@@ -46,38 +49,51 @@ def grouped_matmul(x: Tensor, weight: Tensor, expert_offsets: Tensor, row_token:
     Raises
     ------
     ValueError
-        If a shape, a dtype or a device does not fit, ``expert_offsets`` does not rise from 0 to R, or an entry of
-        ``row_token`` is not a row of ``x``.
+        If a shape, a dtype or a device does not fit, or, on the CPU, ``expert_offsets`` does not rise from 0 to at
+        most the number of rows or an entry of ``row_token`` is not a row of ``x``. On CUDA such values are not noticed:
+        they must be right.
     """
     check_tensor("x", x, FLOAT_DTYPES, T=None, K=None)
     x, weight = autocast(x, weight)
+    check_float64("x", x)
     check_tensor("weight", weight, (x.dtype,), E=None, N=None, K=x.shape[1])
     check_tensor("expert_offsets", expert_offsets, (torch.int32,), **{"E + 1": weight.shape[0] + 1})
     if row_token is not None:
         check_tensor("row_token", row_token, (torch.int32,), R=None)
     check_device(x.device, weight=weight, expert_offsets=expert_offsets, row_token=row_token)
-    y: Tensor = _grouped_matmul(x, weight, expert_offsets, row_token)
+    y: Tensor = _grouped_matmul(x, weight, expert_offsets, row_token, allow_tf32(x))
     return y
 
 
 @register_fake(raw.grouped_matmul.default)
-def _fake(x: Tensor, weight: Tensor, expert_offsets: Tensor, row_token: Tensor | None) -> Tensor:
+def _fake(
+    x: Tensor, weight: Tensor, expert_offsets: Tensor, row_token: Tensor | None, allow_tf32: bool = False
+) -> Tensor:
     num_rows = x.shape[0] if row_token is None else row_token.shape[0]
     return x.new_empty((num_rows, weight.shape[1]))
 
 
 @register_fake(raw.grouped_matmul_dx.default)
-def _dx_fake(dy: Tensor, weight: Tensor, expert_offsets: Tensor, row_token: Tensor | None, num_tokens: int) -> Tensor:
+def _dx_fake(
+    dy: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    row_token: Tensor | None,
+    num_tokens: int,
+    allow_tf32: bool = False,
+) -> Tensor:
     return dy.new_empty((num_tokens, weight.shape[2]))
 
 
 @register_fake(raw.grouped_matmul_dw.default)
-def _dw_fake(dy: Tensor, x: Tensor, expert_offsets: Tensor, row_token: Tensor | None) -> Tensor:
+def _dw_fake(
+    dy: Tensor, x: Tensor, expert_offsets: Tensor, row_token: Tensor | None, allow_tf32: bool = False
+) -> Tensor:
     return dy.new_empty((expert_offsets.shape[0] - 1, dy.shape[1], x.shape[1]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, expert_offsets, row_token = inputs
+    x, weight, expert_offsets, row_token, ctx.allow_tf32 = inputs
     need_x, need_weight = ctx.needs_input_grad[:2]
     ctx.num_tokens = x.shape[0]
     # Each factor is kept for the gradient of the other alone.
@@ -88,10 +104,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, expert_offsets, row_token = ctx.saved_tensors
     dx = dw = None
     if ctx.needs_input_grad[0]:
-        dx = raw.grouped_matmul_dx.default(dy, weight, expert_offsets, row_token, ctx.num_tokens)
+        dx = raw.grouped_matmul_dx.default(dy, weight, expert_offsets, row_token, ctx.num_tokens, ctx.allow_tf32)
     if ctx.needs_input_grad[1]:
-        dw = raw.grouped_matmul_dw.default(dy, x, expert_offsets, row_token)
-    return dx, dw, None, None
+        dw = raw.grouped_matmul_dw.default(dy, x, expert_offsets, row_token, ctx.allow_tf32)
+    return dx, dw, None, None, None
 
 
 _grouped_matmul = differentiable(

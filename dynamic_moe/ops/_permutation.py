@@ -13,6 +13,7 @@ from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     accumulator_dtype,
     check_device,
+    check_float64,
     check_tensor,
     differentiable,
     raw,
@@ -22,6 +23,9 @@ from dynamic_moe.ops._common import (
 
 class Permutation(NamedTuple):
     """Where the rows of each expert are. Everything is int32.
+
+    R is the number of live rows. After ``permute(..., static_rows=True)`` ``row_token`` and ``row_slot`` hold T * K
+    rows, of which the first R are live.
 
     Attributes
     ----------
@@ -44,10 +48,11 @@ class Permutation(NamedTuple):
     slot_row: Tensor
 
 
-def permute(expert_ids: Tensor, num_experts: int) -> Permutation:
+def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) -> Permutation:
     """Sort the (token, expert) pairs by expert, then by token.
 
-    Nothing is padded: R, the number of rows, is the number of used slots, and depends on the data.
+    Nothing is padded: R, the number of rows, is the number of used slots, and depends on the data. On CUDA the host
+    waits for it once, unless ``static_rows`` is given.
 
     Parameters
     ----------
@@ -55,6 +60,10 @@ def permute(expert_ids: Tensor, num_experts: int) -> Permutation:
         int32 or int64 [T, K]. An id outside [0, E) marks an unused slot.
     num_experts : int
         E >= 1.
+    static_rows : bool, default False
+        Let the row buffers, here and in every operator that takes the permutation, hold T * K rows, so that no shape
+        depends on data: nothing waits for the device, and a CUDA graph can hold the call. Results are the same; what
+        stands in row buffers beyond R has no meaning. It costs memory for the unused slots.
 
     Returns
     -------
@@ -71,7 +80,7 @@ def permute(expert_ids: Tensor, num_experts: int) -> Permutation:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if expert_ids.dtype == torch.int64:
         expert_ids = expert_ids.clamp(-1, num_experts).to(torch.int32)  # clamped: 2**32 must not wrap to expert 0
-    return Permutation(*raw.permute.default(expert_ids, num_experts))
+    return Permutation(*raw.permute.default(expert_ids, num_experts, static_rows))
 
 
 def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
@@ -100,6 +109,7 @@ def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
         If a shape, a dtype or a device does not fit, or an entry of ``slot_row`` is not a row.
     """
     check_tensor("rows", rows, FLOAT_DTYPES, R=None, H=None)
+    check_float64("rows", rows)
     check_tensor("slot_row", slot_row, (torch.int32,), T=None, K=None)
     num_tokens, max_experts = slot_row.shape
     if weights is not None:
@@ -111,8 +121,8 @@ def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
 
 
 @register_fake(raw.permute.default)
-def _permute_fake(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-    num_rows = torch.library.get_ctx().new_dynamic_size()
+def _permute_fake(expert_ids: Tensor, num_experts: int, static_rows: bool = False) -> tuple[Tensor, ...]:
+    num_rows: Any = expert_ids.numel() if static_rows else torch.library.get_ctx().new_dynamic_size()
     sizes: tuple[Any, ...] = ((num_experts,), (num_experts + 1,), (num_rows,), (num_rows,), expert_ids.shape)
     return tuple(expert_ids.new_empty(size) for size in sizes)
 

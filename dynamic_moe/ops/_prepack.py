@@ -77,7 +77,10 @@ def prepack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> PackedExperts:
     gate_up_sizes = {"E": num_experts, "2I": 2 * intermediate_size, "H": hidden_size}
     check_tensor("gate_up_proj", gate_up_proj, PACKED_DTYPES, **gate_up_sizes)
     if gate_up_proj.device.type != "cpu":
-        raise ValueError(f"gate_up_proj must be on the CPU to be packed, got {gate_up_proj.device}")
+        raise ValueError(
+            f"gate_up_proj must be on the CPU to be packed, got {gate_up_proj.device}: "
+            "kernels of other devices read the weights as they are, call expert_mlp"
+        )
     check_device(gate_up_proj.device, down_proj=down_proj)
     data = raw.prepack_experts.default(gate_up_proj.detach(), down_proj.detach())
     return PackedExperts(data, gate_up_proj.dtype, num_experts, hidden_size, intermediate_size)
@@ -122,6 +125,8 @@ def expert_mlp_prepacked(
         If a gradient would be needed.
     """
     check_tensor("x", x, FLOAT_DTYPES, T=None, H=packed.hidden_size)
+    if x.device.type != "cpu":
+        raise ValueError(f"x must be on the CPU like packed weights, got {x.device}: call expert_mlp there")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(packed.dtype)
     check_tensor("x", x, (packed.dtype,), T=None, H=packed.hidden_size)

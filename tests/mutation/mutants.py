@@ -1,28 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mutants: one line of the product replaced by a wrong one, and the tests that must notice.
+"""The mutants of what runs on the CPU. Those of the CUDA kernels: cuda_mutants.py."""
 
-``old`` must stand exactly once in the file. When a kernel changes, run.py says which mutants no longer apply: give them
-the new text, or replace them by a mutant of the same kind.
-"""
-
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A fault."""
-
-    what: str
-    file: str
-    old: str
-    new: str
-    tests: str  # a folder of tests/cpp, or what to give to pytest
-    needs: str = "scalar"  # the lowest CPU level at which the fault can show
-
-    @property
-    def is_native(self) -> bool:
-        return self.file.startswith("csrc/")
-
+from mutant import Mutant
 
 MUTANTS = [
     # ---- gating ----

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Breaks the product in many ways and shows that the tests notice each.
 
-Every mutant of mutants.py is built in a scratch copy of the repository, and the tests of its part are run, at the
-scalar and at the best CPU level. The exit status is 0 only if the tests pass without a mutant and fail with each of
-them. A mutant that no longer applies or does not compile is an error too.
+Every mutant of mutants.py and cuda_mutants.py is built in a scratch copy of the repository, and the tests of its part
+are run: at the scalar and at the best CPU level, or, for CUDA kernels, in the host harness at several schedules. The
+exit status is 0 only if the tests pass without a mutant and fail with each of them. A mutant that no longer applies or
+does not compile is an error too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant
+from cuda_mutants import CUDA_MUTANTS
+from mutant import Mutant
+from mutants import MUTANTS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -26,6 +29,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["CMakeLists.txt", "cmake", "csrc", "dynamic_moe", "pyproject.toml", "tests"]
 TEST_SECONDS = 300  # a mutant that makes the tests hang is noticed too
+# How the harness runs CUDA kernels: the seed of the order of threads, and when asynchronous copies land.
+SCHEDULES = [("0", "late"), ("1", "early"), ("2", "late")]
 NOTICED, SURVIVED, INVALID, SKIPPED = "noticed", "SURVIVED", "INVALID", "skipped"
 STYLES = {NOTICED: "green", SURVIVED: "bold red", INVALID: "bold red", SKIPPED: "yellow"}
 # cmake and ninja of this environment come before those of the system.
@@ -60,7 +65,6 @@ class Workshop:
     def __init__(self, root: Path, jobs: int) -> None:
         self.root = root
         self.jobs = jobs
-        self.build = root / "build"
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
@@ -99,11 +103,19 @@ class Workshop:
             raise SystemExit(result.text)
         return result.text
 
-    def configure(self) -> None:
-        """Prepare the build: no level that this machine cannot run, and little optimization."""
+    def build(self, sanitizer: str) -> str:
+        """Return the folder of the build with a sanitizer."""
+        return f"build-{sanitizer}" if sanitizer else "build"
+
+    def configure(self, sanitizer: str) -> None:
+        """Prepare a build: no level that this machine cannot run, and little optimization."""
         options = [f"-DDYNAMIC_MOE_COMPILES_{name}={int(name in self.supported)}" for name in self.all_levels()]
-        flags = "-DCMAKE_CXX_FLAGS_RELEASE=-O1"
-        self.output(["cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", flags, *options])
+        options += [
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+            f"-DDYNAMIC_MOE_SANITIZE={sanitizer}",
+        ]
+        self.output(["cmake", "-S", ".", "-B", self.build(sanitizer), "-G", "Ninja", *options])
 
     def all_levels(self) -> list[str]:
         """Return the levels of the table of flags, but for the plain ones that need no check."""
@@ -111,28 +123,28 @@ class Workshop:
         names = [line.split()[0] for line in lines if line and not line.startswith("#")]
         return [name for name in names if name not in ("base", "scalar")]
 
-    def compile(self, folders: set[str]) -> Result:
-        targets = [f"{folder}_test" for folder in sorted(folders)]
-        return self.run(["cmake", "--build", "build", "-j", str(self.jobs), "--target", *targets])
+    def compile(self, targets: set[str], sanitizer: str) -> Result:
+        build = ["cmake", "--build", self.build(sanitizer), "-j", str(self.jobs), "--target"]
+        return self.run([*build, *sorted(targets)])
 
-    def test(self, tests: str, levels: list[str]) -> Result:
-        """Run the tests of one part at each of the levels until some fail."""
+    def test(self, mutant: Mutant, levels: list[str]) -> Result:
+        """Run the tests of a mutant's part at each of the levels, or schedules, until some fail."""
+        if mutant.tests.endswith(".py"):
+            options = ["-x", "-q", "-p", "no:cacheprovider"]
+            command = [sys.executable, "-m", "pytest", *options, f"tests/python/{mutant.tests}"]
+        else:
+            folder = "cuda" if mutant.is_cuda else "cpp"
+            executable = self.root / self.build(mutant.sanitizer) / "tests" / folder / mutant.target
+            command = [str(executable), "--gtest_fail_fast", "--gtest_brief=1", f"--gtest_filter={mutant.only}"]
+            if mutant.sanitizer and shutil.which("setarch"):  # ThreadSanitizer needs addresses where it expects them
+                command = ["setarch", "-R", *command]
+        if mutant.is_cuda:
+            runs = [{"DYNAMIC_MOE_SIMT_SEED": seed, "DYNAMIC_MOE_SIMT_LANDING": land} for seed, land in SCHEDULES]
+        else:
+            runs = [{"DYNAMIC_MOE_CPU_ISA": level} for level in levels]
         result = Result(0, "")
-        for level in levels:
-            if tests.endswith(".py"):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "pytest",
-                    "-x",
-                    "-q",
-                    "-p",
-                    "no:cacheprovider",
-                    f"tests/python/{tests}",
-                ]
-            else:
-                command = [str(self.build / "tests/cpp" / f"{tests}_test"), "--gtest_fail_fast", "--gtest_brief=1"]
-            result = self.run(command, TEST_SECONDS, DYNAMIC_MOE_CPU_ISA=level)
+        for environment in runs:
+            result = self.run(command, TEST_SECONDS, **environment)
             if result.status:
                 break
         return result
@@ -161,21 +173,22 @@ class Workshop:
         file.write_text(original.replace(mutant.old, mutant.new))
         try:
             if mutant.is_native:
-                built = self.compile({mutant.tests})
+                built = self.compile({mutant.target}, mutant.sanitizer)
                 if built.status:
                     return INVALID, "does not compile: " + built.first_line_with("error:")
-            result = self.test(mutant.tests, levels)
+            result = self.test(mutant, levels)
         finally:
             file.write_text(original)  # newer than what was built from the mutant, so that it is built again
         if result.status == 0:
             return SURVIVED, ""
         if mutant.tests.endswith(".py") and result.status not in (1, -1):
             return INVALID, "pytest could not run: " + result.first_line_with("Error")
-        return NOTICED, result.first_line_with("[  FAILED  ]", "FAILED ", "still running")
+        signs = ("C++ exception", "WARNING: ThreadSanitizer", "[  FAILED  ]", "FAILED ", "still running")
+        return NOTICED, result.first_line_with(*signs)
 
 
 def select(names: list[str]) -> list[Mutant]:
-    chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.what for name in names)]
+    chosen = [mutant for mutant in MUTANTS + CUDA_MUTANTS if not names or any(name in mutant.what for name in names)]
     if not chosen:
         raise SystemExit(f"no mutant's description holds any of {names}")
     return chosen
@@ -183,20 +196,23 @@ def select(names: list[str]) -> list[Mutant]:
 
 def check_baseline(workshop: Workshop, mutants: list[Mutant], console: Console) -> None:
     """Build everything without a mutant; the tests must pass, or their failing would mean nothing."""
-    folders = {mutant.tests for mutant in mutants if mutant.is_native}
+    targets: dict[str, set[str]] = {}
+    for mutant in mutants:
+        if mutant.is_native:
+            targets.setdefault(mutant.sanitizer, set()).add(mutant.target)
     with console.status("Building and testing without a mutant") as status:
-        if folders:
-            workshop.configure()
-            built = workshop.compile(folders)
+        for sanitizer, names in targets.items():
+            workshop.configure(sanitizer)
+            built = workshop.compile(names, sanitizer)
             if built.status:
                 raise SystemExit("\n".join(built.text.splitlines()[-50:]))
-        for tests in sorted({mutant.tests for mutant in mutants}):
-            status.update(f"Testing without a mutant: {tests}")
-            levels = workshop.levels[-1:] if tests.endswith(".py") else workshop.levels
-            result = workshop.test(tests, levels)
+        for mutant in {(each.tests, each.sanitizer, each.only): each for each in mutants}.values():
+            status.update(f"Testing without a mutant: {mutant.tests} {mutant.sanitizer}")
+            levels = workshop.levels[-1:] if mutant.tests.endswith(".py") else workshop.levels
+            result = workshop.test(mutant, levels)
             if result.status:
                 console.print(result.text, markup=False, highlight=False)
-                raise SystemExit(f"{tests} fails without a mutant")
+                raise SystemExit(f"{mutant.tests} fails without a mutant")
 
 
 def run_all(workshop: Workshop, mutants: list[Mutant], console: Console) -> list[Outcome]:

@@ -16,6 +16,7 @@ from dynamic_moe import _C
 IS_BEST_LEVEL = _C.cpu_isa() == [name for name in _C.supported_cpu_isas() if name != "amx"][-1]
 
 LEVEL_INDEPENDENT = "level_independent: does not depend on the CPU level, so it runs at the best one alone"
+GPU = "gpu: needs a CUDA device and a build with CUDA kernels"
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 settings.register_profile("level", settings.get_profile("ci"), max_examples=20)
@@ -25,12 +26,24 @@ settings.load_profile("ci" if IS_BEST_LEVEL else "level")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", LEVEL_INDEPENDENT)
+    config.addinivalue_line("markers", GPU)
     # Processes side by side that each take every core wait for one another at the end of every parallel region.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+def why_no_gpu() -> str | None:
+    """Return what is missing for the tests of the CUDA kernels."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None if _C.cuda_architectures() else "no CUDA kernels in this build"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if reason := why_no_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
     if IS_BEST_LEVEL:
         return
     left_out = [item for item in items if item.get_closest_marker("level_independent")]

@@ -42,6 +42,7 @@ def load(path: Path) -> ModuleType:
 backend = load(ROOT / "build_support" / "build_backend.py")
 compile_flags = load(ROOT / "build_support" / "compile_flags.py")
 make_venv = load(ROOT / "build_support" / "make_venv.py")
+cuda_toolkit = load(ROOT / "build_support" / "cuda_toolkit.py")
 run_all = load(ROOT / "tests" / "run_all.py")
 
 
@@ -178,6 +179,49 @@ class TestTilePlans:
             _C.tile_plan("sse", "float32")
         with pytest.raises(ValueError, match=r"^dtype must be one of float32, bfloat16, float16, got 'float64'$"):
             _C.tile_plan("scalar", "float64")
+
+
+@pytest.mark.level_independent
+class TestCudaToolkit:
+    @pytest.fixture
+    def folder(self, monkeypatch, tmp_path):
+        """Return a folder that looks like a toolkit, which alone is to be found."""
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.80'\n")
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+        (tmp_path / "include").mkdir()
+        (tmp_path / "include" / "cuda_runtime.h").touch()
+        monkeypatch.delenv("DYNAMIC_MOE_CUDA", raising=False)
+        monkeypatch.delenv("CUDA_PATH", raising=False)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        return tmp_path
+
+    def test_is_found_unless_it_is_not_wanted(self, monkeypatch, folder):
+        assert cuda_toolkit.cuda_toolkit() == folder
+        assert cuda_toolkit.nvcc_version(folder) == "13.1"
+        monkeypatch.setenv("DYNAMIC_MOE_CUDA", "0")
+        assert cuda_toolkit.cuda_toolkit() is None
+
+    def test_a_compiler_without_headers_is_none(self, monkeypatch, folder):
+        (folder / "include" / "cuda_runtime.h").unlink()
+        monkeypatch.setattr(cuda_toolkit, "PLACES", ())
+        monkeypatch.setattr(cuda_toolkit.shutil, "which", lambda _: None)
+        assert cuda_toolkit.cuda_toolkit() is None
+        monkeypatch.setenv("DYNAMIC_MOE_CUDA", "1")
+        with pytest.raises(RuntimeError, match="no CUDA toolkit was found; set CUDA_HOME"):
+            cuda_toolkit.cuda_toolkit()
+
+    def test_the_variable_is_checked(self, monkeypatch):
+        monkeypatch.setenv("DYNAMIC_MOE_CUDA", "yes")
+        with pytest.raises(ValueError, match=r"^DYNAMIC_MOE_CUDA must be 0, 1 or unset, got 'yes'$"):
+            cuda_toolkit.cuda_toolkit()
+
+    def test_every_default_architecture_is_judged_by_its_machine_code(self):
+        numbers = [name.removesuffix("+PTX").replace(".", "") for name in cuda_toolkit.CUDA_ARCHITECTURES.split(";")]
+        text = (ROOT / "build_support" / "cuda_check.py").read_text()
+        assert re.search(r"^ARCHITECTURES = \((.*)\)$", text, re.MULTILINE)[1] == ", ".join(
+            f'"sm_{number}"' for number in numbers
+        )
 
 
 @pytest.mark.level_independent

@@ -226,7 +226,7 @@ def test_compile_without_gradients_drops_the_pre_activation() -> None:
     kept: list[bool] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        kept.extend(node.args[-1] for node in graph.graph.nodes if node.target is raw.expert_mlp.default)
+        kept.extend(node.args[-2] for node in graph.graph.nodes if node.target is raw.expert_mlp.default)
         return graph.forward
 
     with torch.no_grad():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import Problem, make_problem
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.testing import assert_close
 
 from dynamic_moe import ops, reference
@@ -275,8 +276,8 @@ def int32(*values: int) -> Tensor:
     [
         (int32(1, 2, 3), None, "expert_offsets must start at 0, got 1"),
         (int32(0, 7, 3), None, "expert_offsets must not descend, got 7 then 3 at expert 1"),
-        (int32(0, 1, 2), None, "expert_offsets must end at the number of rows, 3, got 2"),
-        (int32(0, 1, 2**31 - 1), None, "expert_offsets must end at the number of rows, 3, got 2147483647"),
+        (int32(0, 1, 4), None, "expert_offsets must end at most at the number of rows, 3, got 4"),
+        (int32(0, 1, 2**31 - 1), None, "expert_offsets must end at most at the number of rows, 3, got 2147483647"),
         (int32(0, 1, 3), int32(0, 3, 1), "row_token must hold values in [0, 2], got 3 at flat index 1"),
         (int32(0, 1, 3), int32(0, 1, -1), "row_token must hold values in [0, 2], got -1 at flat index 2"),
         (int32(0, 1, 2), int32(0, 2**31 - 1), "row_token must hold values in [0, 2], got 2147483647 at flat index 1"),
@@ -338,12 +339,69 @@ def test_bad_slots_raise(slot_row: Tensor, message: str) -> None:
         torch.ops.dynamic_moe.combine_backward(torch.randn(2, 4), rows, None, slot_row, True, True)
 
 
-@pytest.mark.parametrize("slots", [(0, 1, 1, 2), (0, 1, -1, -1)])
-def test_combine_backward_wants_each_row_once(slots: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="slot_row must name each"):
+def test_combine_backward_wants_no_row_twice() -> None:
+    with pytest.raises(ValueError, match="slot_row must name each row once, got row 1 twice"):
         torch.ops.dynamic_moe.combine_backward(
-            torch.randn(2, 4), torch.randn(3, 4), None, int32(*slots).view(2, 2), True, True
+            torch.randn(2, 4), torch.randn(3, 4), None, int32(0, 1, 1, 2).view(2, 2), True, True
         )
+
+
+def test_combine_gives_no_gradient_to_rows_that_no_slot_names() -> None:
+    rows = torch.randn(3, 4, requires_grad=True)
+    dy = torch.randn(2, 4)
+    ops.combine(rows, None, int32(1, -1, -1, 0).view(2, 2)).backward(dy)
+    assert rows.grad is not None
+    assert torch.equal(rows.grad, torch.stack([dy[1], dy[0], torch.zeros(4)]))
+
+
+class TestStaticRows:
+    """Row buffers of T * K rows give what those of R rows give."""
+
+    def test_permutation_is_the_same_with_zeros_behind(self) -> None:
+        problem = make_problem()
+        exact, static = problem.permutation, ops.permute(problem.expert_ids, 4, static_rows=True)
+        rows, slots = exact.row_token.numel(), problem.expert_ids.numel()
+        assert rows < slots
+        for name in ("tokens_per_expert", "expert_offsets", "slot_row"):
+            assert torch.equal(getattr(exact, name), getattr(static, name))
+        for name in ("row_token", "row_slot"):
+            assert torch.equal(getattr(static, name), pad(getattr(exact, name), (0, slots - rows)))
+        for a, b in zip(static, reference.permute(problem.expert_ids, 4, static_rows=True), strict=True):
+            assert torch.equal(a, b)
+
+    def test_expert_pass_is_the_same_bit_for_bit(self) -> None:
+        problem = make_problem(grad=True)
+        x, gate_up, down, weights = problem.floats
+        dy = torch.randn_like(x)
+
+        def run(static_rows: bool) -> list[Tensor]:
+            y = ops.expert_mlp(x, gate_up, down, problem.expert_ids, weights, static_rows=static_rows)
+            return [y, *torch.autograd.grad(y, problem.floats, dy)]
+
+        for a, b in zip(run(True), run(False), strict=True):
+            assert torch.equal(a, b)
+
+    def test_products_and_sums_are_the_same_bit_for_bit(self) -> None:
+        problem = make_problem(grad=True)
+        dy = torch.randn(problem.x.shape[0], problem.gate_up_proj.shape[1], dtype=torch.float64)
+
+        def run(static_rows: bool) -> list[Tensor]:
+            p = ops.permute(problem.expert_ids, 4, static_rows=static_rows)
+            rows = ops.grouped_matmul(problem.x, problem.gate_up_proj, p.expert_offsets, p.row_token)
+            rows = ops.grouped_matmul(rows, problem.gate_up_proj.transpose(1, 2), p.expert_offsets)  # no row_token
+            rows = ops.grouped_matmul(rows, problem.gate_up_proj, p.expert_offsets)
+            y = ops.combine(rows, problem.expert_weights, p.slot_row)
+            return [y, *torch.autograd.grad(y, (problem.x, problem.gate_up_proj, problem.expert_weights), dy)]
+
+        for a, b in zip(run(True), run(False), strict=True):
+            assert torch.equal(a, b)
+
+    def test_no_shape_depends_on_data(self) -> None:
+        ids = torch.full((5, 3), 2, dtype=torch.int32)  # nothing is selected
+        with torch._subclasses.FakeTensorMode() as mode:
+            p = ops.permute(mode.from_tensor(ids), 2, static_rows=True)
+        assert p.row_token.shape == (15,)
+        assert ops.permute(ids, 2, static_rows=True).row_slot.tolist() == [0] * 15
 
 
 def test_more_tokens_than_int32_can_number_raise() -> None:

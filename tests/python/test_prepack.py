@@ -41,9 +41,9 @@ class Calls:
             self.packed += 1
             return packed(*args)
 
-        def count_plain(*args: Any) -> Tensor:
+        def count_plain(*args: Any, **options: Any) -> Tensor:
             self.plain += 1
-            return plain(*args)
+            return plain(*args, **options)
 
         monkeypatch.setattr(ops, "expert_mlp_prepacked", count_packed)
         monkeypatch.setattr(ops, "expert_mlp", count_plain)

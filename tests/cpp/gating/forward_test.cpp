@@ -9,7 +9,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "gating_problem.h"
+#include "gating_oracle.h"
 
 namespace dynamic_moe::testing {
 namespace {
@@ -21,79 +21,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 const std::vector<int32_t> kNumExperts = {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 64, 100, 128, 257, 1024};
-
-// What the rule selects from `probabilities`, in their own arithmetic.
-template <class Real>
-std::vector<int32_t> selection(const Real* probabilities, int32_t num_experts, const Rule& rule) {
-  std::vector<int32_t> order(static_cast<size_t>(num_experts));
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int32_t a, int32_t b) { return probabilities[a] > probabilities[b]; });
-  order.resize(static_cast<size_t>(rule.max_experts ? rule.max_experts : num_experts));
-  if (!rule.is_top_p || rule.top_p >= 1) return order;
-  const Real top_p = static_cast<Real>(rule.top_p);
-  Real mass = 0;
-  for (size_t k = 0; k < order.size(); ++k) {
-    mass += probabilities[order[k]];
-    if (rule.threshold == ThresholdRule::kPaper ? mass >= top_p : mass > top_p) {
-      order.resize(k + 1);
-      break;
-    }
-  }
-  return order;
-}
-
-template <class Logit>
-void expect_selection_follows_the_rule(const Gated<Logit>& g, const Rule& rule) {
-  using Real = RealOf<Logit>;
-  std::vector<int32_t> counts(static_cast<size_t>(g.num_experts));
-  for (int64_t t = 0; t < g.num_tokens; ++t) {
-    const Real* probabilities = g.probabilities.data() + t * g.num_experts;
-    const std::vector<int32_t> expected = selection(probabilities, g.num_experts, rule);
-    Real mass = 0;
-    for (const int32_t e : expected) mass += probabilities[e];
-    for (int32_t k = 0; k < g.max_experts; ++k) {
-      const size_t slot = static_cast<size_t>(t * g.max_experts + k);
-      const bool used = static_cast<size_t>(k) < expected.size();
-      ASSERT_EQ(g.expert_ids[slot], used ? expected[static_cast<size_t>(k)] : g.num_experts)
-          << "token " << t << " rank " << k;
-      const Real probability = used ? probabilities[g.expert_ids[slot]] : 0;
-      ASSERT_EQ(g.expert_weights[slot], rule.renormalize ? probability / mass : probability) << "token " << t;
-    }
-    for (const int32_t e : expected) ++counts[static_cast<size_t>(e)];
-  }
-  EXPECT_EQ(g.tokens_per_expert, counts);
-}
-
-template <class Logit>
-void expect_numbers_match_the_oracle(const std::vector<Logit>& logits, const Gated<Logit>& g, double temperature) {
-  using Real = RealOf<Logit>;
-  const double ulp = std::numeric_limits<Real>::epsilon();
-  const double smallest = std::numeric_limits<Real>::denorm_min();
-  const size_t experts = static_cast<size_t>(g.num_experts);
-  std::vector<double> sum(experts), bound(experts);
-  for (size_t t = 0; t < static_cast<size_t>(g.num_tokens); ++t) {
-    const Softmax oracle(logits.data() + t * experts, g.num_experts, temperature);
-    for (size_t e = 0; e < experts; ++e) {
-      const double p = oracle.probability[e];
-      // exp(-d) carries the rounding of d; the sum over the experts and the products add theirs.
-      const double p_bound =
-          p * ulp *
-              (4 + std::sqrt(experts) / 4 + (temperature == 1 ? 0.5 : 1.0) * std::min(oracle.distance[e], 105.0)) +
-          2 * smallest;
-      ASSERT_NEAR(g.probabilities[t * experts + e], p, p_bound) << "token " << t << " expert " << e;
-      sum[e] += p;
-      bound[e] += p_bound + p * ulp * 16;
-    }
-    // Absolute near 0: the sum of exponentials is then 1 and a little, of which the last bits are lost.
-    ASSERT_NEAR(g.entropy[t], oracle.entropy, ulp * (2 + std::sqrt(experts) / 4 + 8 * oracle.entropy)) << "token " << t;
-    ASSERT_GE(g.entropy[t], 0) << "token " << t;
-    ASSERT_NEAR(g.logsumexp[t], oracle.logsumexp,
-                ulp * (4 + 2 * std::fabs(oracle.logsumexp) + 2 * std::fabs(oracle.logsumexp - oracle.entropy)))
-        << "token " << t;
-  }
-  for (size_t e = 0; e < experts; ++e) ASSERT_NEAR(g.probability_sum[e], sum[e], bound[e]) << "expert " << e;
-}
 
 template <class Logit>
 class Gating : public ::testing::Test {};

@@ -4,14 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <limits>
-#include <random>
-#include <string>
 #include <vector>
 
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "permutation/permutation.h"
+#include "permutation_problem.h"
 #include "support/fenced.h"
 
 namespace dynamic_moe::testing {
@@ -19,11 +17,6 @@ namespace {
 
 using ::testing::Each;
 using ::testing::ElementsAre;
-
-struct Permuted {
-  std::vector<int32_t> tokens_per_expert, expert_offsets, row_token, row_slot, slot_row;
-  bool operator==(const Permuted&) const = default;
-};
 
 std::vector<int32_t> copied(const Fenced<int32_t>& buffer) { return {buffer.span().begin(), buffer.span().end()}; }
 
@@ -50,40 +43,6 @@ Permuted permute(const std::vector<int32_t>& ids, int32_t max_experts, int32_t n
   return {copied(tokens_per_expert), copied(expert_offsets), copied(row_token), copied(row_slot), copied(slot_row)};
 }
 
-Permuted oracle(const std::vector<int32_t>& ids, int32_t max_experts, int32_t num_experts) {
-  Permuted expected;
-  expected.tokens_per_expert.assign(static_cast<size_t>(num_experts), 0);
-  expected.expert_offsets.assign(1, 0);
-  expected.slot_row.assign(ids.size(), -1);
-  for (size_t slot = 0; slot < ids.size(); ++slot) {
-    if (ids[slot] < 0 || ids[slot] >= num_experts) continue;
-    ++expected.tokens_per_expert[static_cast<size_t>(ids[slot])];
-    expected.row_slot.push_back(static_cast<int32_t>(slot));
-  }
-  std::stable_sort(expected.row_slot.begin(), expected.row_slot.end(),
-                   [&](int32_t a, int32_t b) { return ids[static_cast<size_t>(a)] < ids[static_cast<size_t>(b)]; });
-  for (const int32_t slot : expected.row_slot) {
-    expected.slot_row[static_cast<size_t>(slot)] = static_cast<int32_t>(expected.row_token.size());
-    expected.row_token.push_back(slot / max_experts);
-  }
-  for (const int32_t count : expected.tokens_per_expert) {
-    expected.expert_offsets.push_back(expected.expert_offsets.back() + count);
-  }
-  return expected;
-}
-
-// Unused slots anywhere, marked by E, by -1 and by other numbers out of range.
-std::vector<int32_t> random_ids(int64_t num_slots, int32_t num_experts, double used, unsigned seed) {
-  std::mt19937 random(seed);
-  std::bernoulli_distribution is_used(used);
-  const int32_t unused[] = {num_experts, -1, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()};
-  std::vector<int32_t> ids(static_cast<size_t>(num_slots));
-  for (int32_t& id : ids) {
-    id = is_used(random) ? static_cast<int32_t>(random() % static_cast<unsigned>(num_experts)) : unused[random() % 4];
-  }
-  return ids;
-}
-
 TEST(Permute, SortsByExpertThenByToken) {
   //                               token 0  token 1  token 2  token 3
   const std::vector<int32_t> ids = {2, 0, 2, 3, 3, 3, 0, 2};
@@ -101,7 +60,7 @@ TEST(Permute, IsTheStableSortForAnyShape) {
       for (const double used : {0.0, 0.1, 0.7, 1.0}) {
         SCOPED_TRACE(::testing::Message() << "E " << num_experts << " K " << max_experts << " used " << used);
         const auto ids = random_ids(53 * max_experts, num_experts, used, 1);
-        EXPECT_EQ(permute(ids, max_experts, num_experts), oracle(ids, max_experts, num_experts));
+        EXPECT_EQ(permute(ids, max_experts, num_experts), stable_permutation(ids, max_experts, num_experts));
       }
     }
   }
@@ -119,7 +78,7 @@ TEST(Permute, IsTheSameOnAnyNumberOfThreadsAndEveryCpuLevel) {
   const Isa before = current_isa();
   for (const int32_t max_experts : {2, 5, 16}) {
     const auto ids = random_ids(20000 * max_experts, 24, 0.4, 2);
-    const Permuted expected = oracle(ids, max_experts, 24);
+    const Permuted expected = stable_permutation(ids, max_experts, 24);
     for (const Isa isa : supported_isas()) {
       set_isa(isa);
       for (const int threads : {1, 2, 3, 7}) {
@@ -135,7 +94,7 @@ TEST(Permute, IsTheSameOnAnyNumberOfThreadsAndEveryCpuLevel) {
 TEST(Permute, OneExpertMayTakeEverything) {
   const std::vector<int32_t> ids(100000, 3);
   use_standard_threads(3);
-  EXPECT_TRUE(permute(ids, 1, 5) == oracle(ids, 1, 5));
+  EXPECT_TRUE(permute(ids, 1, 5) == stable_permutation(ids, 1, 5));
   use_standard_threads(1);
 }
 
