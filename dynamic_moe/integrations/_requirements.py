@@ -2,11 +2,11 @@
 """What must be installed beside torch, and what to say where it is not."""
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 
-def require(module: str, purpose: str) -> ModuleType:
-    """Import an optional dependency.
+def require(module: str, purpose: str) -> Any:
+    """Import a module of an optional dependency.
 
     Raises
     ------
@@ -16,4 +16,5 @@ def require(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{purpose} needs {module}, which is not installed: pip install {module}") from error
+        package = module.partition(".")[0]
+        raise ImportError(f"{purpose} needs {package}, which cannot be imported: pip install {package}") from error
