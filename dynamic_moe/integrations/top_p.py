@@ -30,8 +30,8 @@ class set_top_p:
 
     For routers with a softmax (Mixtral, Qwen, OLMoE, gpt-oss) p is the paper's: a share of the probability over all
     experts. For routers that score experts by sigmoids, with groups and biases (DeepSeek-V3, GLM-4 and others), there
-    is no such distribution; there p is a share of the weight of the k experts that the router itself selects. Either way
-    ``p=1`` is the model as it was. The routers of :class:`~dynamic_moe.DynamicMoE` may be
+    is no such distribution; there p is a share of the weight of the k experts that the router itself selects. Either
+    way ``p=1`` is the model as it was. The routers of :class:`~dynamic_moe.DynamicMoE` may be
     :class:`~dynamic_moe.TopPRouter`: then their p is set.
 
     Parameters
