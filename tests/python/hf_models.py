@@ -61,6 +61,7 @@ def make(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> Pre
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.05)
+    model.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
     return model.to(dtype)
 
 
