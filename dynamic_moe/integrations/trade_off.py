@@ -53,7 +53,7 @@ class TradeOff:
         axes.set_ylabel("loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path)
+        figure.savefig(path, dpi=150)
 
 
 def top_p_trade_off(
