@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """set_top_p, and the p that calibrate_top_p finds."""
 
+import ast
 import copy
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+import transformers
 from hf_models import EXPERTS, FAMILIES, K, make, tokens
 
 from dynamic_moe import DynamicMoE
@@ -23,7 +25,7 @@ from dynamic_moe.integrations import (
     top_p_trade_off,
     unset_top_p,
 )
-from dynamic_moe.integrations.routers import find_routers
+from dynamic_moe.integrations.routers import CONVENTIONS, find_routers
 
 pytestmark = pytest.mark.level_independent
 
@@ -302,3 +304,27 @@ def test_the_plot_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     point = Calibration({"a": 1.0}, {"a": 1.0}, 1.0)
     with pytest.raises(ImportError, match=r"TradeOff\.plot needs matplotlib.*pip install matplotlib"):
         TradeOff([point], [point]).plot(tmp_path / "x.png")
+
+
+def forward_passes() -> dict[str, str]:
+    """The forward pass of every class named like a router in transformers' models, without its signature."""
+    found = {}
+    for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        text = path.read_text()
+        if any(f"class {name}(" in text for name in CONVENTIONS):
+            for kind in ast.parse(text).body:
+                if isinstance(kind, ast.ClassDef) and kind.name in CONVENTIONS:
+                    method = next(m for m in kind.body if isinstance(m, ast.FunctionDef) and m.name == "forward")
+                    found[kind.name] = "\n".join(ast.unparse(line) for line in method.body)
+    return found
+
+
+def test_routers_of_one_convention_compute_what_the_tested_one_does() -> None:
+    passes = forward_passes()
+    assert set(passes) == set(CONVENTIONS)
+    tested = {"MixtralTopKRouter", "Qwen3MoeTopKRouter", "GptOssTopKRouter", "DeepseekV3TopkRouter"}
+    known = {passes[name] for name in tested}
+    # As Qwen3's with norm_topk_prob=True.
+    always = passes["Qwen3MoeTopKRouter"].replace("if self.norm_topk_prob:\n    ", "")
+    assert always not in known
+    assert {name for name, forward in passes.items() if forward not in {*known, always}} == set()
