@@ -25,7 +25,7 @@ demo: ## train a small language model on the Python standard library and show th
 	$(VENV) examples/train_lm.py $(DEMO_ARGS)
 
 test: ## build everything, run ctest and pytest at every CPU level that this machine has (TEST_ARGS)
-	@$(NEEDS) build demo test
+	@$(NEEDS) build demo reproduce test
 	@echo "Building the extension" && $(INSTALL)
 	$(VENV) tests/run_all.py $(TEST_ARGS)
 
@@ -43,11 +43,11 @@ gpu-check: ## all tests and benchmarks that need a GPU, into build/gpu-report.md
 	$(VENV) build_support/gpu_check.py $(GPU_ARGS)
 
 lint: ## ruff, mypy --strict, clang-format, clang-tidy
-	@$(NEEDS) build demo test lint
+	@$(NEEDS) build demo reproduce test lint
 	$(VENV) build_support/lint.py
 
 format: ## let ruff and clang-format rewrite the sources
-	@$(NEEDS) build demo test lint
+	@$(NEEDS) build demo reproduce test lint
 	$(VENV) build_support/lint.py --fix
 
 wheel: ## wheel and source distribution, into dist/

@@ -112,7 +112,8 @@ def feed_forward(settings: Settings) -> nn.Module:
         return SharedExpert(width, settings.dense_intermediate_size, init_std=width**-0.5)
     router: nn.Module
     if settings.router == "top_k":
-        router = TopKRouter(width, settings.num_experts, settings.top_k)
+        # A single weight that is divided by itself is 1, and its router would learn nothing from the text.
+        router = TopKRouter(width, settings.num_experts, settings.top_k, renormalize=settings.top_k > 1)
     else:
         router = TopPRouter(width, settings.num_experts, settings.top_p)
     return DynamicMoE(width, settings.intermediate_size, settings.num_experts, router=router, init_std=width**-0.5)

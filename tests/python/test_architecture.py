@@ -33,6 +33,7 @@ PACKAGE = {
     "routers": {"_checks", "float32_linear", "ops", "routing"},
     "experts": {"_checks", "float32_linear", "ops"},
     "layer": {"_checks", "collect", "experts", "routers", "routing"},
+    "integrations": {"layer", "ops", "routers", "routing"},
 }
 
 

@@ -26,6 +26,7 @@ PROGRAMS = {
     r"make bench|python -m benchmarks(?!\.)": "benchmarks/cli.py",
     r"python -m benchmarks\.report": "benchmarks/report.py",
     r"python -m dynamic_moe\.info": "dynamic_moe/info.py",
+    r"examples/top_p_trade_off\.py": "examples/top_p_trade_off.py",
     r"tests/mutation/run\.py": "tests/mutation/run.py",
 }
 
