@@ -27,6 +27,7 @@ PROGRAMS = {
     r"python -m benchmarks\.report": "benchmarks/report.py",
     r"python -m dynamic_moe\.info": "dynamic_moe/info.py",
     r"examples/top_p_trade_off\.py": "examples/top_p_trade_off.py",
+    r"examples/reproduce/run\.py": "examples/reproduce/run.py",
     r"tests/mutation/run\.py": "tests/mutation/run.py",
 }
 

@@ -57,8 +57,8 @@ TEST(TilePlan, LongestPanelFitsTheSecondLevelCache) {
   });
 }
 
-// Half of the second-level cache: 512 KiB where AVX2 is the best there is, 1 MiB where AVX-512 is. The other half is for
-// the panels that are fetched meanwhile.
+// Half of the second-level cache: 512 KiB where AVX2 is the best there is, 1 MiB where AVX-512 is. The other half is
+// for the panels that are fetched meanwhile.
 TEST(TilePlan, PanelsInUseLeaveRoomForTheNextOnes) {
   for_each_plan([](Isa, bool, const TilePlan& plan) {
     EXPECT_GE(plan.panel_bytes, int64_t{4} * plan.block_words * plan.vectors * plan.lanes);
