@@ -410,11 +410,19 @@ struct GatingBackwardLaunch {
   bool vector_experts;
 };
 
+// The blocks of gating_backward_kernel that a multiprocessor must hold at once, 0 for no demand. Left alone, ptxas
+// keeps 8 experts of a lane to 40 registers and 16 to 64 on some architectures, for a block or two more, and spills; 10
+// and 7 blocks allow 48 and 72.
+constexpr int gating_backward_blocks(int experts_per_lane) {
+  return experts_per_lane == 8 ? 10 : experts_per_lane == 16 ? 7 : 0;
+}
+
 // With g_e the gradient of P_e from all that uses it,
 //   d logit_e = P_e (g_e - sum_j P_j g_j + d_logsumexp - d_entropy (log P_e + entropy)) / temperature.
 // What flows through the weights is scattered into a row of shared memory, from which each lane takes its experts.
 template <class Logit, int kLanes, int kExpertsPerLane>
-__global__ void __launch_bounds__(kGatingThreads) gating_backward_kernel(const GatingBackwardLaunch launch) {
+__global__ void __launch_bounds__(kGatingThreads, gating_backward_blocks(kExpertsPerLane))
+    gating_backward_kernel(const GatingBackwardLaunch launch) {
   using Lanes = TokenLanes<kLanes, kExpertsPerLane>;
   const GatingBackwardParams& p = launch.params;
   DYNAMIC_MOE_SHARED(float, scattered, kGatingWarps* Lanes::kTokensPerWarp* Lanes::kCapacity);

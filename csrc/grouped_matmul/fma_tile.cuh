@@ -27,7 +27,7 @@ struct FmaFactors {
     if constexpr (kKMajor) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const float4 x = load_shared(at(tile, first + row(lane, i), quad));
+        const float4 x = load_shared(at(tile + first * kTileK * 4, row(lane, i), quad));
         value[0][i] = x.x, value[1][i] = x.y, value[2][i] = x.z, value[3][i] = x.w;
       }
     } else {
@@ -35,7 +35,7 @@ struct FmaFactors {
       for (int step = 0; step < 4; ++step) {
 #pragma unroll
         for (int i = 0; i < kCount; i += 4) {
-          const float4 x = load_shared(at(tile, 4 * quad + step, (first + row(lane, i)) / 4));
+          const float4 x = load_shared(at(tile, 4 * quad + step, first / 4 ^ row(lane, i) / 4));
           value[step][i] = x.x, value[step][i + 1] = x.y, value[step][i + 2] = x.z, value[step][i + 3] = x.w;
         }
       }

@@ -69,6 +69,8 @@ struct MatmulPolicy {
   int registers;         // most that a thread may use
   int blocks_per_sm;     // that must be resident at once
 
+  // Blocks that the registers have room for, at least: what the compiler is told to keep to.
+  constexpr int register_blocks() const { return 65536 / (registers * threads()); }
   constexpr int warps() const { return warps_m * warps_n; }
   constexpr int threads() const { return 32 * warps(); }
   constexpr int warp_m() const { return tile_m / warps_m; }
@@ -81,8 +83,8 @@ constexpr MatmulPolicy matmul_policy(Arch arch, Math math, Regime regime) {
   const bool roomy = arch == Arch::kSm90 || arch == Arch::kSm100;
   if (regime == Regime::kUnaligned) return {64, 64, k64, 2, 2, 2, 168, 3};
   if (regime == Regime::kFewRows) {
-    if (arch == Arch::kSm120) return {16, 128, k64, 5, 1, 4, 128, 2};
-    return {16, 128, k128, 4, 1, 4, 128, roomy ? 3 : 2};
+    if (arch == Arch::kSm120) return {16, 128, k64, 5, 1, 4, 168, 2};
+    return {16, 128, k128, 4, 1, 4, 168, roomy ? 3 : 2};
   }
   // A thread keeps 64 sums here and 128 below: exact float32 needs the registers for its factors.
   if (math == Math::kFloat32) return {64, 128, k64, 4, 2, 2, 255, 2};

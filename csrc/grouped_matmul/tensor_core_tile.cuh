@@ -10,41 +10,49 @@
 
 namespace dynamic_moe {
 
-// Fragments of an operand in shared memory, kRows by kTileK elements, for rows from `first` on and step `step`.
+// Fragments of an operand in shared memory, kRows by kTileK elements: of the rows `first` + `within` and the 15 behind,
+// at a step. What is known when compiling (within, step) is kept apart from what belongs to the warp (first) and to the
+// lane: multiples of eight rows leave the layout's turn as it is, and chunks whose bits do not overlap are joined by ^,
+// so each lane has few addresses and immediate distances from them.
 template <class Config, int kRows, bool kKMajor>
 struct Fragments {
   static constexpr bool kTf32 = Config::kMath == Math::kTf32;
   static constexpr int kBytes = static_cast<int>(sizeof(typename Config::T));
   static constexpr int kStep = 32 / kBytes;
-  using Layout = std::conditional_t<kKMajor, SharedTile<kRows, Config::kTileK * kBytes>,
-                                    SharedTile<Config::kTileK, kRows * kBytes, kTf32>>;
+  static constexpr int kRowBytes = (kKMajor ? Config::kTileK : kRows) * kBytes;
+  using Layout = SharedTile<kKMajor ? kRows : Config::kTileK, kRowBytes, kTf32 && !kKMajor>;
 
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
   // 16 rows of the left operand.
-  __device__ static void load_left(uint32_t (&a)[4], const uint8_t* tile, int first, int step) {
+  __device__ static void load_left(uint32_t (&a)[4], const uint8_t* tile, int first, int within, int step) {
     if constexpr (kKMajor) {
-      ptx::ldmatrix_x4(a, tile + Layout::offset(first + lane() % 16, 2 * step + lane() / 16));
+      tile += (first + within) * kRowBytes;
+      ptx::ldmatrix_x4(a, tile + Layout::offset(lane() % 16, 2 * step ^ lane() / 16));
     } else if constexpr (!kTf32) {
-      ptx::ldmatrix_x4_trans(
-          a, tile + Layout::offset(16 * step + lane() / 16 * 8 + lane() % 8, first / 8 + lane() / 8 % 2));
+      tile += 16 * step * kRowBytes;
+      const int chunk = first / 8 ^ lane() / 8 % 2 ^ within / 8;
+      ptx::ldmatrix_x4_trans(a, tile + Layout::offset(lane() / 16 * 8 + lane() % 8, chunk));
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = word(tile, first + i % 2 * 8, 8 * step + i / 2 * 4);
+      for (int i = 0; i < 4; ++i) a[i] = word(tile, first, within + i % 2 * 8, 8 * step + i / 2 * 4);
     }
     round(a);
   }
 
   // 16 rows of the right operand: columns of the result, eight for each mma.
-  __device__ static void load_right(uint32_t (&low)[2], uint32_t (&high)[2], const uint8_t* tile, int first, int step) {
+  __device__ static void load_right(uint32_t (&low)[2], uint32_t (&high)[2], const uint8_t* tile, int first, int within,
+                                    int step) {
     uint32_t b[4];
     if constexpr (kKMajor) {
-      ptx::ldmatrix_x4(b, tile + Layout::offset(first + lane() / 16 * 8 + lane() % 8, 2 * step + lane() / 8 % 2));
+      tile += (first + within) * kRowBytes;
+      ptx::ldmatrix_x4(b, tile + Layout::offset(lane() / 16 * 8 + lane() % 8, 2 * step ^ lane() / 8 % 2));
     } else if constexpr (!kTf32) {
-      ptx::ldmatrix_x4_trans(b, tile + Layout::offset(16 * step + lane() % 16, first / 8 + lane() / 16));
+      tile += 16 * step * kRowBytes;
+      ptx::ldmatrix_x4_trans(b, tile + Layout::offset(lane() % 16, first / 8 ^ lane() / 16 ^ within / 8));
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[i] = word(tile, first + i / 2 * 8, 8 * step + i % 2 * 4);
+      for (int i = 0; i < 4; ++i) b[i] = word(tile, first, within + i / 2 * 8, 8 * step + i % 2 * 4);
     }
     round(b);
     low[0] = b[0], low[1] = b[1];
@@ -52,11 +60,12 @@ struct Fragments {
   }
 
  private:
-  // The lane's element of an 8 by 4 matrix of floats that lies with its 4 steps as rows.
-  __device__ static uint32_t word(const uint8_t* tile, int first, int step) {
-    const int row = first + lane() / 4;
-    const uint8_t* chunk = tile + Layout::offset(step + lane() % 4, row / 4);
-    return load_shared(reinterpret_cast<const uint32_t*>(chunk) + row % 4);
+  // The lane's element of an 8 by 4 matrix of floats that lies with its 4 steps as rows. ldmatrix transposes halves
+  // only.
+  __device__ static uint32_t word(const uint8_t* tile, int first, int within, int step) {
+    const int chunk = first / 4 ^ lane() / 16 ^ within / 4;
+    tile += step * kRowBytes + Layout::offset(lane() % 4, chunk);
+    return load_shared(reinterpret_cast<const uint32_t*>(tile) + lane() / 4 % 4);
   }
   __device__ static void round(uint32_t (&words)[4]) {
     if constexpr (kTf32) {
@@ -73,6 +82,8 @@ class TensorCoreTile {
   using Right = Fragments<Config, Config::kTileN, Config::kRightKMajor>;
   static constexpr int kFragmentsM = Config::kWarpM / 16, kFragmentsN = Config::kWarpN / 8;
   static constexpr int kSteps = Config::kTileK / Left::kStep;
+  // TF32 must round its fragments: with more of them under way than this its sums do not fit the registers.
+  static constexpr int kStepsAtOnce = Config::kMath == Math::kTf32 ? 2 : kSteps;
 
  public:
   __device__ TensorCoreTile() {
@@ -93,14 +104,14 @@ class TensorCoreTile {
   __device__ int warp_column() const { return warp_column_; }
 
   __device__ __forceinline__ void multiply(const uint8_t* left, const uint8_t* right) {
-#pragma unroll
+#pragma unroll kStepsAtOnce
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[kFragmentsM][4], b[kFragmentsN][2];
 #pragma unroll
-      for (int m = 0; m < kFragmentsM; ++m) Left::load_left(a[m], left, warp_row_ + 16 * m, step);
+      for (int m = 0; m < kFragmentsM; ++m) Left::load_left(a[m], left, warp_row_, 16 * m, step);
 #pragma unroll
       for (int n = 0; n < kFragmentsN; n += 2) {
-        Right::load_right(b[n], b[n + 1], right, warp_column_ + 8 * n, step);
+        Right::load_right(b[n], b[n + 1], right, warp_column_, 8 * n, step);
       }
 #pragma unroll
       for (int m = 0; m < kFragmentsM; ++m) {

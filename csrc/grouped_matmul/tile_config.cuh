@@ -58,6 +58,7 @@ struct TileConfig {
 
   static constexpr int kTileM = kPolicy.tile_m, kTileN = kPolicy.tile_n, kTileK = kPolicy.tile_k;
   static constexpr int kStages = kPolicy.stages, kThreads = kPolicy.threads();
+  static constexpr int kRegisterBlocks = kPolicy.register_blocks();
   static constexpr int kWarpM = kPolicy.warp_m(), kWarpN = kPolicy.warp_n(), kWarpsN = kPolicy.warps_n;
   static constexpr int kLeftBytes = left_tile_bytes(kPolicy, math), kStageBytes = stage_bytes(kPolicy, math);
   static constexpr int kSlabHeight = kSlabRows, kSlabRowFloats = slab_row_floats(kPolicy);

@@ -92,10 +92,8 @@ __device__ __forceinline__ void multiply_tile(Sums& sums, Left& left, Right& rig
 }
 
 template <class Config, class Epilogue>
-__global__ void __launch_bounds__(Config::kThreads, Config::kPolicy.blocks_per_sm)
+__global__ void __launch_bounds__(Config::kThreads, Config::kRegisterBlocks)
     tile_kernel(const Operands<typename Config::T> operands, const Epilogue epilogue) {
-  static_assert(Config::kThreads * Config::kPolicy.blocks_per_sm * Config::kPolicy.registers <= 65536,
-                "too many registers");
   constexpr int kHalves = Epilogue::kHalves;
   constexpr int kSlabFloats = Config::kSlabHeight * Config::kSlabRowFloats;
   DYNAMIC_MOE_DYNAMIC_SHARED(uint8_t, stages);

@@ -20,6 +20,10 @@ constexpr int kCombineThreads = 32 * kCombineWarps;
 // rows that lie anywhere. A short row does not need that many.
 constexpr int kMostCombineVectors = 4;
 
+// The blocks of combine that a multiprocessor must hold at once, 0 for no demand. Left alone, ptxas keeps two vectors
+// of 16-bit elements to 40 registers on some architectures, for two blocks more, and spills; 10 blocks allow 48.
+constexpr int combine_blocks(int count, int vectors) { return count == 8 && vectors == 2 ? 10 : 0; }
+
 // 32 slots of one token, of which each lane holds one.
 struct SlotGroup {
   int32_t row;    // negative: unused
@@ -37,7 +41,8 @@ struct SlotGroup {
 
 // kCount: elements of a vector. A warp owns kVectors * 32 vectors of one token's row.
 template <class T, int kCount, int kVectors>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const CombineParams p, const int64_t tiles) {
+__global__ void __launch_bounds__(kCombineThreads, combine_blocks(kCount, kVectors))
+    combine_kernel(const CombineParams p, const int64_t tiles) {
   using Vector = Packed<T, kCount>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t task = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
