@@ -43,7 +43,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
         name);
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream.handle)> > >(arguments...);
+  // clang-format off: it would part the brackets
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments...);
+  // clang-format on
   check_cuda(cudaGetLastError(), name);
 }
 
