@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamic MoE language models for Hugging Face Transformers, and the checkpoints of the release.
+
+Importing this module registers the model type ``dynamic_moe`` with the Auto classes.
+"""
+
+try:
+    import transformers  # noqa: F401  for the error alone
+except ImportError as error:
+    raise ImportError(
+        "dynamic_moe.models needs Hugging Face Transformers: pip install 'dynamic_moe[transformers]'"
+    ) from error
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dynamic_moe.models.activation_router import ActivationDtypeTopPRouter
+from dynamic_moe.models.configuration import DynamicMoEConfig
+from dynamic_moe.models.modeling import (
+    DynamicMoECausalLMOutput,
+    DynamicMoEForCausalLM,
+    DynamicMoEForSequenceClassification,
+    DynamicMoEModel,
+    DynamicMoEPreTrainedModel,
+    DynamicMoESequenceClassifierOutput,
+    causal_lm_loss,
+)
+from dynamic_moe.models.released import register_released_format, save_released
+
+__all__ = [
+    "ActivationDtypeTopPRouter",
+    "DynamicMoECausalLMOutput",
+    "DynamicMoEConfig",
+    "DynamicMoEForCausalLM",
+    "DynamicMoEForSequenceClassification",
+    "DynamicMoEModel",
+    "DynamicMoEPreTrainedModel",
+    "DynamicMoESequenceClassifierOutput",
+    "causal_lm_loss",
+    "save_released",
+]
+
+AutoConfig.register(DynamicMoEConfig.model_type, DynamicMoEConfig, exist_ok=True)
+AutoModel.register(DynamicMoEConfig, DynamicMoEModel, exist_ok=True)
+AutoModelForCausalLM.register(DynamicMoEConfig, DynamicMoEForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(DynamicMoEConfig, DynamicMoEForSequenceClassification, exist_ok=True)
+register_released_format()
