@@ -192,11 +192,27 @@ def to_released_fields(config: DynamicMoEConfig) -> dict[str, Any]:
     for name, (value, allowed) in limits.items():
         if value != allowed:
             raise ValueError(f"{name} must be {allowed!r} in the released format, got {value!r}")
-    names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
-        "tie_word_embeddings num_experts experts_topk expert_frequency top_p_threshold"
-    ).split()
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "num_experts",
+        "experts_topk",
+        "expert_frequency",
+        "top_p_threshold",
+    ]
     fields = {name: getattr(config, name) for name in names}
     dtype = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
     return {
