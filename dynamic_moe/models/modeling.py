@@ -109,7 +109,7 @@ class DynamicMoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DynamicMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)  # type: ignore[arg-type]  reads what both have
+        self.self_attn = LlamaAttention(config, layer_idx)  # type: ignore[arg-type]
         self.input_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = _experts(config) if config.has_experts(layer_idx) else _dense(config)
@@ -201,13 +201,13 @@ class DynamicMoEPreTrainedModel(PreTrainedModel):
         check_if_released(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save with stacked experts, as the model holds them; see the base class.
 
         With ``save_original_format=True`` the tensors are those of the release, but the config.json is ours;
         :func:`~dynamic_moe.models.save_released` writes a folder that is the release's altogether.
         """
-        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
 
 class DynamicMoEModel(DynamicMoEPreTrainedModel):

@@ -173,7 +173,9 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, safe: bool, kept: float
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
     released.write(tmp_path, released.state(), shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors is missing; it should hold tensor model\."):
+    with pytest.raises(
+        ValueError, match=r"model-00002-of-00003\.safetensors is missing; it should hold tensor model\."
+    ):
         load(tmp_path)
 
 
