@@ -99,15 +99,16 @@ class DynamicMoEConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in what follows from other fields."""
+        """Fill in what follows from other fields, and check them all."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         super().__post_init__(**kwargs)
+        self.validate_architecture()  # the base class would wrap its ValueError into an error that is none
 
     def validate_architecture(self) -> None:
-        """Raise a ValueError unless a model can be built; called by the base class."""
+        """Raise a ValueError unless a model can be built; the base class calls it too."""
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_experts", "expert_frequency")
         for name in sizes:
             if getattr(self, name) < 1:

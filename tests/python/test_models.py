@@ -225,7 +225,7 @@ def test_options_of_the_configuration_reach_the_routers() -> None:
     ],
 )
 def test_configurations_that_cannot_be_built_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         config(**options)
 
 
