@@ -164,7 +164,9 @@ def check_tensors(folder: CheckpointFolder, shapes: Mapping[str, tuple[int, ...]
             raise ValueError(f"tensor {name} must have a floating-point dtype, has {tensor.dtype} in {tensor.file}")
         found = tensor.dtype if found is None else found
         if tensor.dtype != found:
-            raise ValueError(f"tensor {name} must have dtype {found} as those before it, has {tensor.dtype} in {tensor.file}")
+            raise ValueError(
+                f"tensor {name} must have dtype {found} as those before it, has {tensor.dtype} in {tensor.file}"
+            )
     for name, tensor in folder.tensors.items():
         if name not in shapes and not IGNORED.search(name):
             raise ValueError(f"tensor {name} in {tensor.file} is unknown")

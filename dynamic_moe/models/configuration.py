@@ -99,15 +99,16 @@ class DynamicMoEConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in what follows from other fields."""
+        """Fill in what follows from other fields, and check them all."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         super().__post_init__(**kwargs)
+        self.validate_architecture()  # the base class would wrap its ValueError into an error that is none
 
     def validate_architecture(self) -> None:
-        """Raise a ValueError unless a model can be built; called by the base class."""
+        """Raise a ValueError unless a model can be built; the base class calls it too."""
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_experts", "expert_frequency")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -192,11 +193,27 @@ def to_released_fields(config: DynamicMoEConfig) -> dict[str, Any]:
     for name, (value, allowed) in limits.items():
         if value != allowed:
             raise ValueError(f"{name} must be {allowed!r} in the released format, got {value!r}")
-    names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
-        "tie_word_embeddings num_experts experts_topk expert_frequency top_p_threshold"
-    ).split()
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "num_experts",
+        "experts_topk",
+        "expert_frequency",
+        "top_p_threshold",
+    ]
     fields = {name: getattr(config, name) for name in names}
     dtype = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
     return {

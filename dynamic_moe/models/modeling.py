@@ -93,20 +93,23 @@ def causal_lm_loss(
     """
     if outputs.router_loss is None:
         raise ValueError("outputs must have a router_loss, got None: the model must be in training mode")
-    logits = outputs.logits
-    cross_entropy: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+    logits, items = outputs.logits, num_items_in_batch
+    assert logits is not None
+    if isinstance(items, int):
+        items = torch.tensor(items)
+    cross_entropy: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=items)
     router_loss = outputs.router_loss.to(cross_entropy.device)
     if num_items_in_batch is not None:
         router_loss = router_loss * ((labels[..., 1:] != -100).sum().to(cross_entropy.device) / num_items_in_batch)
     return cross_entropy + router_loss
 
 
-class DynamicMoEDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class DynamicMoEDecoderLayer(GradientCheckpointingLayer):
     """Attention, then experts (or one dense network), each with a norm before it and a residual around it."""
 
     def __init__(self, config: DynamicMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer_idx)
+        self.self_attn = LlamaAttention(config, layer_idx)  # type: ignore[arg-type]
         self.input_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = _experts(config) if config.has_experts(layer_idx) else _dense(config)
@@ -198,13 +201,13 @@ class DynamicMoEPreTrainedModel(PreTrainedModel):
         check_if_released(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save with stacked experts, as the model holds them; see the base class.
 
         With ``save_original_format=True`` the tensors are those of the release, but the config.json is ours;
         :func:`~dynamic_moe.models.save_released` writes a folder that is the release's altogether.
         """
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
 
 class DynamicMoEModel(DynamicMoEPreTrainedModel):
@@ -217,7 +220,7 @@ class DynamicMoEModel(DynamicMoEPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([DynamicMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -367,7 +370,7 @@ class DynamicMoEForCausalLM(DynamicMoEPreTrainedModel, GenerationMixin):
         return result
 
 
-class DynamicMoEForSequenceClassification(GenericForSequenceClassification, DynamicMoEPreTrainedModel):  # type: ignore[misc]
+class DynamicMoEForSequenceClassification(GenericForSequenceClassification, DynamicMoEPreTrainedModel):
     """The decoder with a linear classifier on the last token that is not padding."""
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -388,6 +391,7 @@ class DynamicMoEForSequenceClassification(GenericForSequenceClassification, Dyna
         if labels is not None or self.training:
             for name, value in _router_losses(routings, self.config).items():
                 result[name] = value
-        if labels is not None:
+        if result.loss is not None:
+            assert result.router_loss is not None
             result["loss"] = result.loss + result.router_loss
         return result

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 Read = Callable[[str], Tensor]
 
-_NETWORK = re.compile(r"(?P<mlp>model\.layers\.\d+\.mlp)\.(?:mlp|experts\.(?P<expert>\d+))\.(?P<projection>\w+)\.weight")
+_NETWORK = re.compile(
+    r"(?P<mlp>model\.layers\.\d+\.mlp)\.(?:mlp|experts\.(?P<expert>\d+))\.(?P<projection>\w+)\.weight"
+)
 _STACKED = re.compile(r"(?P<mlp>model\.layers\.\d+\.mlp)\.(?P<experts>experts\.)?(?P<projection>gate_up|down)_proj")
 
 
