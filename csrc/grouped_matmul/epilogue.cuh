@@ -8,6 +8,7 @@
 //   the
 //                                             same columns (gate and up); the tile's columns are then split between
 //                                             them
+//   kVector                                   elements that it takes at a time: 16 bytes of what it stores
 //   template <int kLanes> operator()(place, values)   values[half][i] is the sum at place.row, place.column + i; kLanes
 //                                             neighboring lanes hold a row of the slab; every lane of the warp calls
 #pragma once
@@ -83,10 +84,8 @@ struct StoreRows {
 };
 
 // out[slice, row] = sums, in float32: what sum_slices_kernel adds up.
-template <class T>
 struct StoreSlice {
-  static constexpr int kHalves = 1;
-  static constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kHalves = 1, kVector = 4;
   float* out;  // [slices, rows, width]
   int64_t rows;
   int32_t width;
@@ -94,12 +93,7 @@ struct StoreSlice {
   template <int kLanes>
   __device__ __forceinline__ void operator()(const Place& place, float (&values)[1][kVector]) const {
     if (place.count <= 0) return;
-    float* to = out + (place.slice * rows + place.row) * width + place.column;
-#pragma unroll
-    for (int i = 0; i < kVector; i += 4) {
-      store_global(reinterpret_cast<float4*>(to + i),
-                   make_float4(values[0][i], values[0][i + 1], values[0][i + 2], values[0][i + 3]));
-    }
+    store_elements<true>(out + (place.slice * rows + place.row) * width + place.column, values[0], place.count);
   }
 };
 
@@ -126,7 +120,7 @@ __device__ __forceinline__ void read_slab(float (&values)[kVector], const float*
 template <class Config, class Sums, class Epilogue>
 __device__ __forceinline__ void finish_tile(const Sums& sums, float* slab, const Tile& tile, int64_t first_row,
                                             int32_t width, const Epilogue& epilogue) {
-  constexpr int kVector = Config::kVector, kHalves = Epilogue::kHalves;
+  constexpr int kVector = Epilogue::kVector, kHalves = Epilogue::kHalves;
   constexpr int kColumns = Config::kWarpN / kHalves;  // of each half
   constexpr int kLanes = kColumns / kVector;          // that hold a row
   constexpr int kRows = 32 / kLanes;                  // of the slab at a time

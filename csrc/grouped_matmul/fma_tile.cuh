@@ -96,8 +96,16 @@ class FmaTile {
 #pragma unroll
     for (int i = 4 * m; i < 4 * m + 4; ++i) {
       float* row = slab + (Left::row(lane_m_, i) - 16 * m) * kRowFloats;
+      if constexpr (Config::kRightKMajor) {
 #pragma unroll
-      for (int j = 0; j < kCountN; ++j) store_shared(row + Right::row(lane_n_, j), sums_[i][j]);
+        for (int j = 0; j < kCountN; ++j) store_shared(row + Right::row(lane_n_, j), sums_[i][j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kCountN; j += 4) {  // four columns side by side
+          store_shared(reinterpret_cast<float4*>(row + Right::row(lane_n_, j)),
+                       make_float4(sums_[i][j], sums_[i][j + 1], sums_[i][j + 2], sums_[i][j + 3]));
+        }
+      }
     }
   }
 

@@ -10,7 +10,7 @@ template <Math math>
 void Products<math>::forward_slices(const RowProduct& product, const ForwardPlan& plan, float* partial, Stream stream) {
   const Operands<T> of = operands(product, plan.slices);
   launch_tiles<TileConfig<Product::kForward, math, Regime::kFewRows>>(
-      of, StoreSlice<T>{partial, product.groups.num_rows, of.width}, product.groups, stream);
+      of, StoreSlice{partial, product.groups.num_rows, of.width}, product.groups, stream);
 }
 
 template <Math math>

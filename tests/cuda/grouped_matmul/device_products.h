@@ -8,7 +8,6 @@
 
 namespace dynamic_moe::testing {
 
-// Rows that the buffers have and no group: what num_rows being an upper bound means.
 inline constexpr int64_t kDeadRows = 3;
 
 template <class T>
@@ -19,33 +18,35 @@ std::vector<T> copied(const Fenced<T>& values, int64_t dead = 0) {
   return copy;
 }
 
-// offset: elements that every buffer lies behind an aligned address.
+// offset: elements that every buffer lies behind an aligned address. dead: rows that the buffers have and no group,
+// which is what num_rows being an upper bound means.
 template <class T>
 struct DeviceProducts {
   const Products<T>& host;
-  int64_t offset;
+  int64_t offset, dead;
   DeviceBuffer<int32_t> expert_offsets, row_token;
   DeviceBuffer<T> x, weight, dy;
 
-  explicit DeviceProducts(const Products<T>& products, int64_t elements = 0)
+  explicit DeviceProducts(const Products<T>& products, int64_t elements = 0, int64_t dead_rows = kDeadRows)
       : host(products),
         offset(elements),
+        dead(dead_rows),
         expert_offsets(copied(host.ragged.expert_offsets)),
-        row_token(copied(host.ragged.row_token, kDeadRows)),
-        x(copied(host.x, gathers() ? 0 : kDeadRows * host.k), elements),
+        row_token(copied(host.ragged.row_token, dead)),
+        x(copied(host.x, gathers() ? 0 : dead * host.k), elements),
         weight(copied(host.weight), elements),
-        dy(copied(host.dy, kDeadRows * host.n), elements) {}
+        dy(copied(host.dy, dead * host.n), elements) {}
 
   bool gathers() const { return host.ragged.load.gather; }
   RowGroups groups() const {
-    const int64_t rows = host.ragged.num_rows + kDeadRows;
+    const int64_t rows = host.ragged.num_rows + dead;
     return {expert_offsets.data(), gathers() ? row_token.data() : nullptr, rows,
             gathers() ? host.ragged.num_tokens : rows, static_cast<int32_t>(host.ragged.num_experts())};
   }
 
   // [R, N]; the dead rows must not have been written.
   std::vector<T> forward() const {
-    DeviceBuffer<T> y((host.ragged.num_rows + kDeadRows) * host.n, offset);
+    DeviceBuffer<T> y((host.ragged.num_rows + dead) * host.n, offset);
     const GroupedMatmulParams params{groups(), x.data(), weight.data(),      y.data(),
                                      host.n,   host.k,   Storage<T>::kDType, kAllowTf32<T>};
     DeviceWorkspace workspace(grouped_matmul_cuda_workspace(params));

@@ -30,6 +30,17 @@ const std::vector<Shape> kOddShapes = {
     {kSome, 33, 31}, {kManyInPlace, 65, 37}, {k300Rows, 3, 5},     {kOneRow, 9, 515},
 };
 
+// Another order of threads while it lives, on the host; a device has orders enough of its own.
+struct Schedule {
+#if defined(DYNAMIC_MOE_SIMT)
+  uint64_t before = simt::options().seed;
+  explicit Schedule(uint64_t seed) { simt::options().seed = seed; }
+  ~Schedule() { simt::options().seed = before; }
+#else
+  explicit Schedule(uint64_t) {}
+#endif
+};
+
 template <class T>
 class CudaGroupedMatmul : public ::testing::Test {
  protected:
@@ -68,6 +79,77 @@ TYPED_TEST(CudaGroupedMatmul, DwMatchesFloat64) {
     const std::vector<TypeParam> dw = problem.dw();
     EXPECT_TRUE(matches(std::span<const TypeParam>(dw), problem.host.exact_dw()));
   });
+}
+
+TYPED_TEST(CudaGroupedMatmul, AnExpertWithoutRowsGetsExactlyZero) {
+  const Products<TypeParam> host({kSome, 136, 72}, Random(1));
+  const std::vector<TypeParam> dw = DeviceProducts<TypeParam>(host).dw();
+  constexpr size_t kEmpty = 1, kMatrix = 136 * 72;
+  EXPECT_TRUE(all_zero(std::span<const TypeParam>(dw).subspan(kEmpty * kMatrix, kMatrix)));
+}
+
+TYPED_TEST(CudaGroupedMatmul, WithoutRowsGradientsAreZero) {
+  const Products<TypeParam> host({{"no rows", {0, 0}, 3}, 16, 8}, Random(2));
+  const DeviceProducts<TypeParam> problem(host);
+  EXPECT_TRUE(problem.forward().empty());
+  EXPECT_TRUE(all_zero(std::span<const TypeParam>(problem.dx())));
+  EXPECT_TRUE(all_zero(std::span<const TypeParam>(problem.dw())));
+}
+
+TYPED_TEST(CudaGroupedMatmul, WithoutTokensAndWithoutExpertsNothingHappens) {
+  const Products<TypeParam> host({{"nothing", {0}, 0}, 16, 8}, Random(3));
+  const DeviceProducts<TypeParam> problem(host, 0, 0);
+  EXPECT_TRUE(problem.forward().empty());
+  EXPECT_TRUE(problem.dx().empty());
+  EXPECT_TRUE(all_zero(std::span<const TypeParam>(problem.dw())));
+}
+
+// Which row meets which list first is up to the schedule; sums must not show it.
+TYPED_TEST(CudaGroupedMatmul, ResultsAreTheSameBitForBitWhateverTheSchedule) {
+  const Products<TypeParam> host({{"5 tokens in 60 rows", {20, 0, 17, 23}, 5}, 24, 72}, Random(4));
+  const DeviceProducts<TypeParam> problem(host);
+  const auto y = problem.forward(), dx = problem.dx(), dw = problem.dw();
+  const auto same = [](const auto& a, const auto& b) { return same_bits(std::span(a), std::span(b)); };
+  for (uint64_t seed = 11; seed < 15; ++seed) {
+    const Schedule another(seed);
+    EXPECT_TRUE(same(problem.forward(), y));
+    EXPECT_TRUE(same(problem.dx(), dx));
+    EXPECT_TRUE(same(problem.dw(), dw));
+  }
+}
+
+// NaN and infinities stay in the rows of their token, and in the matrices of their experts.
+TYPED_TEST(CudaGroupedMatmul, ANonFiniteTokenSpoilsNoOther) {
+  const Shape shape{{"groups of 20, 5 and 70 rows, token by token", {20, 5, 70}, 0, false}, 40, 24};
+  Products<TypeParam> host(shape, Random(5));
+  const std::vector<TypeParam> clean = DeviceProducts<TypeParam>(host).forward();
+  constexpr int64_t kBad = 22;
+  host.x.thaw();
+  for (int64_t j = 0; j < 24; ++j) {
+    host.x[kBad * 24 + j] = stored<TypeParam>(j % 2 ? std::numeric_limits<double>::infinity() : std::nan(""));
+  }
+  const std::vector<TypeParam> spoiled = DeviceProducts<TypeParam>(host).forward();
+  for (int64_t row = 0; row < 95; ++row) {
+    const auto of = [&](const std::vector<TypeParam>& y) {
+      return std::span<const TypeParam>(y).subspan(static_cast<size_t>(row * 40), 40);
+    };
+    EXPECT_EQ(same_bits(of(spoiled), of(clean)), row != kBad) << "row " << row;
+  }
+}
+
+TEST(CudaGroupedMatmulArguments, AreRefusedWhereTheyCannotBeComputed) {
+  const std::vector<int32_t> offsets{0, 0};
+  GroupedMatmulParams params{};
+  params.groups = {offsets.data(), nullptr, 0, 0, 1};
+  params.n = params.k = 8;
+  params.dtype = DType::kFloat64;
+  EXPECT_THROW(grouped_matmul_cuda(params, {}, Stream{}), std::invalid_argument);
+  params.dtype = DType::kFloat32;
+  params.groups.num_rows = int64_t{1} << 31;
+  EXPECT_THROW(grouped_matmul_cuda(params, {}, Stream{}), std::invalid_argument);
+  params.groups.num_rows = 8;  // few rows: partial sums go through the workspace
+  EXPECT_GT(grouped_matmul_cuda_workspace(params), 0u);
+  EXPECT_THROW(grouped_matmul_cuda(params, {}, Stream{}), std::invalid_argument);
 }
 
 }  // namespace
