@@ -115,7 +115,7 @@ def full_report(results: Results) -> str:
     met = sum(verdict.is_met and verdict.is_ahead for verdict in measured)
     sections = [
         "# Benchmark results",
-        "Written by `make bench`; do not edit. What is measured, and how: [benchmarks/README.md](../README.md).",
+        "Written by `make bench`; do not edit. What is measured, and how: `benchmarks/README.md`.",
         machine_line(results),
         "Allocators: " + "; ".join(f"{name}: {what}" for name, what in results.allocators.items()) + ".",
         "Shapes: " + "; ".join(f"{name}: {shape.describe()}" for name, shape in SHAPES.items()) + ".",
