@@ -17,7 +17,7 @@ CSRC = {
     "gating": {"common"},
     "permutation": {"common"},
     "grouped_matmul": {"common"},
-    "expert_mlp": {"common", "grouped_matmul"},
+    "expert_mlp": {"common", "grouped_matmul", "permutation"},
     "bindings": {"common", "gating", "permutation", "grouped_matmul", "expert_mlp"},
 }
 PACKAGE = {
