@@ -170,10 +170,10 @@ CUDA_MUTANTS = [
         "cuda/grouped_matmul",
     ),
     Mutant(
-        "products on CUDA: the first row behind a group is loaded",
-        "csrc/grouped_matmul/tile_kernel.cuh",
-        "if (row >= tile.row_end) return int32_t{-1};",
-        "if (row > tile.row_end) return int32_t{-1};",
+        "dW on CUDA: the first row behind a group is added",
+        "csrc/grouped_matmul/tile_load.cuh",
+        "const bool exists = depth + row < depth_end_ &&",
+        "const bool exists = depth + row <= depth_end_ &&",
         "cuda/grouped_matmul",
     ),
     Mutant(
@@ -201,8 +201,8 @@ CUDA_MUTANTS = [
     Mutant(
         "products on CUDA: transposed fragments of the left operand lie elsewhere",
         "csrc/grouped_matmul/tensor_core_tile.cuh",
-        "first / 8 + lane() / 8 % 2",
-        "first / 8 + lane() / 16 % 2",
+        "first / 8 ^ lane() / 8 % 2 ^ within / 8",
+        "first / 8 ^ lane() / 16 % 2 ^ within / 8",
         "cuda/grouped_matmul",
     ),
     Mutant(
@@ -227,10 +227,10 @@ CUDA_MUTANTS = [
         "cuda/grouped_matmul",
     ),
     Mutant(
-        "dX on CUDA: rows of a token are added in the order in which threads came",
+        "dX on CUDA: a row counts itself among the smaller ones of its token",
         "csrc/grouped_matmul/token_rows.cuh",
-        "store_global(lists.rows + begin + smaller, static_cast<int32_t>(row));",
-        "store_global(lists.rows + begin + smaller, load_global(lists.found + begin + smaller));",
+        "load_global(lists.found + begin + i) < row ? 1 : 0;",
+        "load_global(lists.found + begin + i) <= row ? 1 : 0;",
         "cuda/grouped_matmul",
     ),
     Mutant(
