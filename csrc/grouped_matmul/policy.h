@@ -77,22 +77,25 @@ struct MatmulPolicy {
   constexpr int warp_n() const { return tile_n / warps_n; }
 };
 
-// The tile's operands in shared memory lie in rows of 64 bytes where shared memory is scarce and of 128 elsewhere.
+// The tile's operands in shared memory lie in rows of 64 bytes where shared memory is scarce and of 128 elsewhere. Not
+// for TF32, which rounds its fragments: four steps of them, unrolled, do not fit the registers beside the sums, and a
+// loop over steps would leave the copies outside. It has twice as many stages of half the size.
 constexpr MatmulPolicy matmul_policy(Arch arch, Math math, Regime regime) {
   const int k64 = 64 / element_bytes(math), k128 = 2 * k64;
+  const int k_long = math == Math::kTf32 ? k64 : k128, times = k128 / k_long;
   const bool roomy = arch == Arch::kSm90 || arch == Arch::kSm100;
   if (regime == Regime::kUnaligned) return {64, 64, k64, 2, 2, 2, 168, 3};
   if (regime == Regime::kFewRows) {
     if (arch == Arch::kSm120) return {16, 128, k64, 5, 1, 4, 168, 2};
-    return {16, 128, k128, 4, 1, 4, 168, roomy ? 3 : 2};
+    return {16, 128, k_long, 4 * times, 1, 4, 168, roomy ? 3 : 2};
   }
   // A thread keeps 64 sums here and 128 below: exact float32 needs the registers for its factors.
   if (math == Math::kFloat32) return {64, 128, k64, 4, 2, 2, 255, 2};
   if (regime == Regime::kSomeRows) {
     if (arch == Arch::kSm120) return {64, 128, k64, 4, 2, 2, 255, 2};
-    return {64, 128, k128, roomy ? 4 : 3, 2, 2, 255, 2};
+    return {64, 128, k_long, (roomy ? 4 : 3) * times, 2, 2, 255, 2};
   }
-  if (roomy) return {128, 128, k128, 3, 2, 2, 255, 2};
+  if (roomy) return {128, 128, k_long, 3 * times, 2, 2, 255, 2};
   return {128, 128, k64, arch == Arch::kSm120 ? 3 : 4, 2, 2, 255, 2};
 }
 

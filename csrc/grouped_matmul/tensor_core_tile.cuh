@@ -82,8 +82,6 @@ class TensorCoreTile {
   using Right = Fragments<Config, Config::kTileN, Config::kRightKMajor>;
   static constexpr int kFragmentsM = Config::kWarpM / 16, kFragmentsN = Config::kWarpN / 8;
   static constexpr int kSteps = Config::kTileK / Left::kStep;
-  // TF32 must round its fragments: with more of them under way than this its sums do not fit the registers.
-  static constexpr int kStepsAtOnce = Config::kMath == Math::kTf32 ? 2 : kSteps;
 
  public:
   __device__ TensorCoreTile() {
@@ -104,7 +102,7 @@ class TensorCoreTile {
   __device__ int warp_column() const { return warp_column_; }
 
   __device__ __forceinline__ void multiply(const uint8_t* left, const uint8_t* right) {
-#pragma unroll kStepsAtOnce
+#pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[kFragmentsM][4], b[kFragmentsN][2];
 #pragma unroll
