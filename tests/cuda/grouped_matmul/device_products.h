@@ -3,20 +3,11 @@
 #pragma once
 
 #include "../../cpp/grouped_matmul/products.h"
+#include "cuda/support/dead_rows.h"
 #include "cuda/support/device_buffer.h"
 #include "cuda/support/tf32.h"
 
 namespace dynamic_moe::testing {
-
-inline constexpr int64_t kDeadRows = 3;
-
-template <class T>
-std::vector<T> copied(const Fenced<T>& values, int64_t dead = 0) {
-  std::vector<T> copy(values.span().begin(), values.span().end());
-  copy.resize(copy.size() + static_cast<size_t>(dead));
-  std::memset(copy.data() + values.size(), 0xff, static_cast<size_t>(dead) * sizeof(T));
-  return copy;
-}
 
 // offset: elements that every buffer lies behind an aligned address. dead: rows that the buffers have and no group,
 // which is what num_rows being an upper bound means.
