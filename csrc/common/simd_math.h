@@ -28,19 +28,21 @@ template <class Lanes, int kCount>
                                      -1.0f,
                                      1.0f};  // minimax: relative error 3.1e-9
   Floats n[kCount], y[kCount];
-  const auto each = [](const auto& step) {
+  const auto each = [](const auto& step) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) step(i);
   };
-  each([&](int i) { n[i] = L::fma(x[i], L::broadcast(-kLog2E), L::broadcast(kRound)); });
-  each([&](int i) { n[i] = L::sub(n[i], L::broadcast(kRound)); });
+  each([&](int i) __attribute__((always_inline)) { n[i] = L::fma(x[i], L::broadcast(-kLog2E), L::broadcast(kRound)); });
+  each([&](int i) __attribute__((always_inline)) { n[i] = L::sub(n[i], L::broadcast(kRound)); });
   // exp(-x) = 2^n exp(-y), |y| <= log(2) / 2
-  each([&](int i) { y[i] = L::fma(n[i], L::broadcast(kLn2High), x[i]); });
-  each([&](int i) { y[i] = L::fma(n[i], L::broadcast(kLn2Low), y[i]); });
-  each([&](int i) { result[i] = L::broadcast(kCoefficients[0]); });
+  each([&](int i) __attribute__((always_inline)) { y[i] = L::fma(n[i], L::broadcast(kLn2High), x[i]); });
+  each([&](int i) __attribute__((always_inline)) { y[i] = L::fma(n[i], L::broadcast(kLn2Low), y[i]); });
+  each([&](int i) __attribute__((always_inline)) { result[i] = L::broadcast(kCoefficients[0]); });
 #pragma GCC unroll 6
-  for (int k = 1; k < 7; ++k) each([&](int i) { result[i] = L::fma(result[i], y[i], L::broadcast(kCoefficients[k])); });
-  each([&](int i) { result[i] = L::scale_by_power_of_two(result[i], n[i]); });
+  for (int k = 1; k < 7; ++k)
+    each([&](int i)
+             __attribute__((always_inline)) { result[i] = L::fma(result[i], y[i], L::broadcast(kCoefficients[k])); });
+  each([&](int i) __attribute__((always_inline)) { result[i] = L::scale_by_power_of_two(result[i], n[i]); });
 }
 
 template <class Lanes>

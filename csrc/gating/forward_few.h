@@ -13,6 +13,8 @@ struct ForwardFew {
   using Floats = typename L::Floats;
   static constexpr int kColumns = (kExperts + L::kLanes - 1) / L::kLanes;  // vectors in a row of the [T, E] buffers
   static constexpr int kColumn = kExperts < L::kLanes ? kExperts : L::kLanes;
+  // Vectors of a row are not written one after the other: only whole lines are worth writing around the cache.
+  static constexpr bool kWholeLines = L::kLanes == 16;
 
   struct Sums {
     Floats s, q;
@@ -91,7 +93,7 @@ struct ForwardFew {
         if (lane >= group.count) break;
         sum = L::add(sum, rows[lane]);
         float* row = first + lane * p.num_experts + column * L::kLanes;
-        if (stream) {
+        if (stream && kWholeLines) {
           L::stream(row, rows[lane]);
         } else if (width == L::kLanes) {
           L::store(row, rows[lane]);

@@ -7,6 +7,20 @@
 namespace dynamic_moe {
 namespace {
 
+// The numbers of the bits that are set in each byte, ascending: AVX2 has no instruction that moves lanes together.
+struct SetBits {
+  uint8_t of[256][8] = {};
+
+  constexpr SetBits() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int bit = 0, count = 0; bit < 8; ++bit) {
+        if ((byte >> bit & 1) != 0) of[byte][count++] = static_cast<uint8_t>(bit);
+      }
+    }
+  }
+};
+alignas(64) constexpr SetBits kSetBits{};
+
 struct Avx2Lanes : Avx2 {
   using Mask = __m256;
 
@@ -45,10 +59,9 @@ struct Avx2Lanes : Avx2 {
     _mm256_maskstore_epi32(p, _mm256_castps_si256(first_lanes(count)), v);
   }
 
-  // A vector is half a line: writing it around the cache would cost more than it saves.
-  static void stream(float* p, Floats v) { store(p, v); }
-  static void stream_words(int32_t* p, Words v) { store_words(p, v); }
-  static void fence() {}
+  static void stream(float* p, Floats v) { _mm256_stream_ps(p, v); }
+  static void stream_words(int32_t* p, Words v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v); }
+  static void fence() { _mm_sfence(); }
 
   static void transpose_floats(Floats (&r)[8]) {
     Words w[8];
@@ -68,15 +81,11 @@ struct Avx2Lanes : Avx2 {
                                 Floats& sum) {
     const Mask reaches = at_least(v, least);
     sum = _mm256_add_ps(sum, _mm256_and_ps(reaches, v));
-    alignas(32) float all[8];
-    _mm256_store_ps(all, v);
-    int count = 0;
-    for (uint32_t kept = bits(reaches); kept != 0; kept &= kept - 1) {
-      const int lane = __builtin_ctz(kept);
-      values[count] = all[lane];
-      numbers[count++] = static_cast<int32_t>(first_number) + lane;
-    }
-    return count;
+    const uint32_t kept = bits(reaches);
+    const Words lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.of[kept])));
+    _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(v, lanes));
+    store_words(numbers, add_words(lanes, broadcast_word(first_number)));
+    return __builtin_popcount(kept);
   }
 
   using Keys = __m256d;

@@ -74,12 +74,22 @@ Taken<L> take_in_order(const GatingParams& p, typename L::Mask routed, int64_t s
   return {true, rank, mass};
 }
 
-// rows[lane][k] = by_rank[k][lane] for k < num_ranks, `fill` for the rest of the K.
+// row[i] = fill for first <= i < k.
+template <class L>
+void fill_row(int64_t first, int64_t k, typename L::Words fill, bool stream, int32_t* row) {
+  int64_t i = first;
+  for (; i + L::kLanes <= k; i += L::kLanes) {
+    stream ? L::stream_words(row + i, fill) : L::store_words(row + i, fill);
+  }
+  if (i < k) L::store_words_first(row + i, fill, static_cast<int>(k - i));
+}
+
+// rows[lane][k] = by_rank[k][lane] for k < num_ranks, `fill` for the rest of the K. What is written around the cache is
+// written from left to right, so that whole lines go to memory.
 template <class L>
 void write_rows(const void* by_rank, int64_t num_ranks, typename L::Words fill, int count, int64_t k, bool stream,
                 int32_t* rows) {
-  int64_t rank = 0;
-  for (; rank < num_ranks; rank += L::kLanes) {
+  for (int64_t rank = 0; rank < k;) {
     typename L::Words block[L::kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < L::kLanes; ++i) {
@@ -88,26 +98,21 @@ void write_rows(const void* by_rank, int64_t num_ranks, typename L::Words fill, 
     }
     L::transpose(block);
     const int width = clamped(k - rank, L::kLanes);
+    const bool last = rank + L::kLanes >= num_ranks;
 #pragma GCC unroll 16
     for (int lane = 0; lane < L::kLanes; ++lane) {
       if (lane >= count) break;
+      int32_t* const row = rows + lane * k;
       if (stream) {
-        L::stream_words(rows + lane * k + rank, block[lane]);
+        L::stream_words(row + rank, block[lane]);
       } else if (width == L::kLanes) {
-        L::store_words(rows + lane * k + rank, block[lane]);
+        L::store_words(row + rank, block[lane]);
       } else {
-        L::store_words_first(rows + lane * k + rank, block[lane], width);
+        L::store_words_first(row + rank, block[lane], width);
       }
+      if (last) fill_row<L>(rank + L::kLanes, k, fill, stream, row);
     }
-  }
-  if (rank >= k) return;
-  for (int lane = 0; lane < count; ++lane) {
-    int32_t* row = rows + lane * k;
-    int64_t i = rank;
-    for (; i + L::kLanes <= k; i += L::kLanes) {
-      stream ? L::stream_words(row + i, fill) : L::store_words(row + i, fill);
-    }
-    if (i < k) L::store_words_first(row + i, fill, static_cast<int>(k - i));
+    rank = last ? k : rank + L::kLanes;
   }
 }
 
