@@ -149,8 +149,18 @@ void multiply_few_rows(int64_t rows, const Panels<C>& panels, int64_t inner, con
   using T = typename C::T;
   const int64_t pitch = static_cast<int64_t>(panels.count) * C::kColumns;
   float* const sums = scratch<float>(Scratch::kTile, rows * pitch + kDotColumns);
-  const T* row_data[kMostFewRows];
-  for (int64_t r = 0; r < rows; ++r) row_data[r] = row(r);
+  using Operands = DotOperands<C>;
+  const typename Operands::RowElement* row_data[kMostFewRows];
+  if constexpr (Operands::kSpread) {
+    const int64_t spread_pitch = Operands::spread_pitch(inner);
+    float* const space = scratch<float>(Scratch::kRows, rows * spread_pitch);
+    for (int64_t r = 0; r < rows; ++r) {
+      Operands::spread(row(r), inner, space + r * spread_pitch);
+      row_data[r] = space + r * spread_pitch;
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) row_data[r] = row(r);
+  }
   const int64_t groups = divide_up(rows, C::kPlan.dot_rows);
   for (int p = 0; p < panels.count; ++p) {
     const T* const first = matrix.data + panels.column[p] * matrix.pitch;

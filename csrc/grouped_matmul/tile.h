@@ -197,7 +197,7 @@ void multiply_tile(int64_t words, const Rows& rows, const typename C::Word* pane
       for (int v = 0; v < kVectors; ++v) {
         b[v] = C::load_vector(step + v * C::kLanes);
         if constexpr (C::kLanes == 16) __builtin_prefetch(step + (8 * kVectors + v) * C::kLanes);
-        if constexpr (kRows <= kStreamingRows) {
+        if constexpr (kRows < C::kRows && kRows <= kStreamingRows) {
           __builtin_prefetch(step + (kStreamingSteps * kVectors + v) * C::kLanes, 0, 2);
         }
       }
@@ -242,51 +242,106 @@ TileFunction<C, Rows> tile_function(int rows, int vectors) {
 
 constexpr int kDotColumns = 4;  // weights' rows that are read side by side
 
+// How the two sides of a dot product are read. Storage that is not made of words is spread to float32, two vectors at
+// a time and in whichever order is cheapest: the weights as they come, the rows beforehand, once for all weights.
+template <class C>
+struct DotOperands {
+  using T = typename C::T;
+  static constexpr bool kSpread = !C::kInPlace;
+  using RowElement = std::conditional_t<kSpread, float, T>;
+  static constexpr int kVectors = kSpread ? 2 : 1;
+  static constexpr int kStep = kVectors * C::kLanes * C::kPerWord;                          // elements read at once
+  static constexpr int kLine = static_cast<int>(kLineBytes) / static_cast<int>(sizeof(T));  // weights in a line
+
+  static void load(const T* p, typename C::Vector (&v)[kVectors]) {
+    if constexpr (kSpread) {
+      C::Simd::load_two(p, v[0], v[1]);
+    } else {
+      v[0] = load_elements<C>(p);
+    }
+  }
+  // The same where only `count` elements exist; the rest are zero.
+  static void load_last(const T* p, int64_t count, typename C::Vector (&v)[kVectors]) {
+    T whole[kStep] = {};
+    __builtin_memcpy(whole, p, static_cast<size_t>(count) * sizeof(T));
+    load(whole, v);
+  }
+
+  static int64_t spread_pitch(int64_t elements) { return divide_up(elements, kStep) * kStep; }
+
+  // A row as the weights are read, filled up with zeros: spread_pitch() floats.
+  static void spread(const T* row, int64_t elements, float* out) {
+    for (int64_t k = 0; k < elements; k += kStep, out += kStep) {
+      typename C::Vector v[kVectors];
+      if (k + kStep <= elements) {
+        load(row + k, v);
+      } else {
+        load_last(row + k, elements - k, v);
+      }
+      for (int i = 0; i < kVectors; ++i) C::Simd::store(out + i * C::kLanes, v[i]);
+    }
+  }
+};
+
 // sums[r * pitch + n] = row[r] . (weights + n * weights_pitch) for n < kDotColumns; the same place of `upcoming`, which
 // will be read next, is brought in meanwhile.
 template <class C, int kRows>
-void dot_tile(int64_t elements, const typename C::T* const* row, const typename C::T* weights, int64_t weights_pitch,
-              const typename C::T* upcoming, float* sums, int64_t pitch) {
+void dot_tile(int64_t elements, const typename DotOperands<C>::RowElement* const* row, const typename C::T* weights,
+              int64_t weights_pitch, const typename C::T* upcoming, float* sums, int64_t pitch) {
   using Simd = typename C::Simd;
-  constexpr int kStep = C::kLanes * C::kPerWord;
+  using Operands = DotOperands<C>;
+  using Vectors = typename C::Vector[Operands::kVectors];
   typename Simd::Floats sum[kRows][kDotColumns];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int n = 0; n < kDotColumns; ++n) sum[r][n] = Simd::zero();
   }
-  int64_t k = 0;
-  for (; k + kStep <= elements; k += kStep) {
-    typename C::Vector w[kDotColumns];
-#pragma GCC unroll 4
-    for (int n = 0; n < kDotColumns; ++n) {
-      w[n] = load_elements<C>(weights + n * weights_pitch + k);
-      __builtin_prefetch(upcoming + n * weights_pitch + k, 0, 2);
-    }
+  const auto multiply = [&](int64_t k, const Vectors(&w)[kDotColumns]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const typename C::Vector x = load_elements<C>(row[r] + k);
+      Vectors x;
+      if constexpr (Operands::kSpread) {
+        for (int i = 0; i < Operands::kVectors; ++i) x[i] = Simd::load(row[r] + k + i * C::kLanes);
+      } else if (k + Operands::kStep <= elements) {
+        Operands::load(row[r] + k, x);
+      } else {
+        Operands::load_last(row[r] + k, elements - k, x);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < Operands::kVectors; ++i) {
 #pragma GCC unroll 4
-      for (int n = 0; n < kDotColumns; ++n) sum[r][n] = C::multiply_add(x, w[n], sum[r][n]);
-    }
-  }
-  if (k < elements) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kDotColumns; ++n) {
-      const typename C::Vector w = load_last_elements<C>(weights + n * weights_pitch + k, elements - k);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        sum[r][n] = C::multiply_add(load_last_elements<C>(row[r] + k, elements - k), w, sum[r][n]);
+        for (int n = 0; n < kDotColumns; ++n) sum[r][n] = C::multiply_add(x[i], w[n][i], sum[r][n]);
       }
     }
+  };
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    Vectors w[kDotColumns];
+#pragma GCC unroll 4
+    for (int n = 0; n < kDotColumns; ++n) Operands::load(weights + n * weights_pitch + k, w[n]);
+    multiply(k, w);
+  };
+  int64_t k = 0;
+  for (; k + Operands::kLine <= elements;) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kDotColumns; ++n) __builtin_prefetch(upcoming + n * weights_pitch + k, 0, 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < Operands::kLine; i += Operands::kStep, k += Operands::kStep) step(k);
+  }
+  for (; k + Operands::kStep <= elements; k += Operands::kStep) step(k);
+  if (k < elements) {
+    Vectors w[kDotColumns];
+#pragma GCC unroll 4
+    for (int n = 0; n < kDotColumns; ++n) Operands::load_last(weights + n * weights_pitch + k, elements - k, w[n]);
+    multiply(k, w);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) Simd::store_sums(sums + r * pitch, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
 template <class C>
-using DotFunction = void (*)(int64_t, const typename C::T* const*, const typename C::T*, int64_t, const typename C::T*,
-                             float*, int64_t);
+using DotFunction = void (*)(int64_t, const typename DotOperands<C>::RowElement* const*, const typename C::T*, int64_t,
+                             const typename C::T*, float*, int64_t);
 
 template <class C, int kRows = C::kPlan.dot_rows>
 DotFunction<C> dot_function(int rows) {

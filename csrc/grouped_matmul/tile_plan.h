@@ -27,7 +27,7 @@ constexpr TilePlan tile_plan(Isa isa, bool multiplies_pairs) {
     case Isa::kScalar:
       return {4, 2, 1, 1024, 400000, 1, 3};
     case Isa::kAvx2:
-      return {4, 3, 8, 512, 160000, 8, 3};
+      return {4, 3, 8, 512, 160000, 16, 3};
     case Isa::kAmx:
       if (multiplies_pairs) return {16, 3, 16, 1024, 400000, 16, 6};
       break;

@@ -26,6 +26,17 @@ struct Avx2 {
   }
   static Floats load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
+  // 16 elements, of bfloat16 those at even places, then those at odd ones: two operations instead of four.
+  static void load_two(const BFloat16* p, Floats& even, Floats& odd) {
+    const __m256i pairs = load_words(p);
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static void load_two(const Float16* p, Floats& first, Floats& second) {
+    first = load(p);
+    second = load(p + kLanes);
+  }
+
   static void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
   static void store_words(void* p, Words v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static void store(BFloat16* p, Floats v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }

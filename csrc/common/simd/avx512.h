@@ -26,6 +26,12 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
+  template <class T>
+  static void load_two(const T* p, Floats& first, Floats& second) {
+    first = load(p);
+    second = load(p + kLanes);
+  }
+
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
   static void store_words(void* p, Words v) { _mm512_storeu_si512(p, v); }
   static void store(BFloat16* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }

@@ -22,6 +22,11 @@ struct ScalarLane {
   static Floats load(const T* p) {
     return to_float(*p);
   }
+  template <class T>
+  static void load_two(const T* p, Floats& first, Floats& second) {
+    first = load(p);
+    second = load(p + 1);
+  }
   static Words load_words(const void* p) {
     Words word = 0;
     __builtin_memcpy(&word, p, sizeof word);
