@@ -131,10 +131,10 @@ class Worker:
             self._process.wait()
 
     def _ask(self, name: str, *arguments: object) -> Any:
-        self._connection.send((name, arguments))
         try:
+            self._connection.send((name, arguments))
             answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # it is gone: while it worked, or before it was asked
             status = self._process.wait()
             raise RuntimeError(f"the worker with the {self.setting.name} setting ended with status {status}") from None
         if isinstance(answer, Exception):
