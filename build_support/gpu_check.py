@@ -53,7 +53,9 @@ def main() -> int:
     def add(name: str, command: list[str | Path], **environment: str) -> bool:
         print(f"\n##### {name}\n$ {' '.join(map(str, command))}", flush=True)
         start = time.monotonic()
-        changed = {"CUDACXX": str(toolkit / "bin" / "nvcc"), "DYNAMIC_MOE_CUDA": "1", **environment}
+        # cmake of this environment: an older one of the system may not know the standard that the tests are written in.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        changed = {"CUDACXX": str(toolkit / "bin" / "nvcc"), "DYNAMIC_MOE_CUDA": "1", "PATH": path, **environment}
         result = subprocess.run(
             list(map(str, command)),
             cwd=ROOT,
