@@ -17,8 +17,9 @@ pytest.importorskip("accelerate")
 from hf_models import EXPERTS, K, make, tokens
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dynamic_moe import DynamicMoE
+from dynamic_moe import DynamicMoE, collect_routing
 from dynamic_moe.integrations import RoutingStatisticsCallback, set_top_p
+from dynamic_moe.models import DynamicMoEConfig, DynamicMoEForCausalLM
 
 pytestmark = pytest.mark.level_independent
 
@@ -103,6 +104,31 @@ def test_layers_of_this_package_are_watched_with_their_masks() -> None:
     figures = logged(callback)
     assert figures["routing/experts_per_token"] == pytest.approx(routing.mean_experts_per_token.item(), rel=1e-6)
     assert figures["routing/entropy"] == pytest.approx(routing.mean_entropy.item(), rel=1e-6)
+
+
+def test_the_language_model_of_this_package_is_watched_without_its_padding() -> None:
+    torch.manual_seed(0)
+    config = DynamicMoEConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_experts=4,
+        expert_frequency=1,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    model = DynamicMoEForCausalLM(config)
+    callback = watch(model)
+    ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.int64)
+    mask[0, 6:] = 0
+    with collect_routing(model) as routings:
+        model(ids % 64, attention_mask=mask)
+    assert all(routing.num_tokens == 16 for routing in routings)
+    mean = sum(routing.mean_experts_per_token.item() for routing in routings) / len(routings)
+    assert mean > 1
+    assert logged(callback)["routing/experts_per_token"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_evaluation_does_not_count() -> None:
