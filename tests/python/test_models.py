@@ -93,14 +93,15 @@ def test_one_token_at_a_time_gives_the_logits_of_all_at_once(options: dict[str, 
     assert_close(torch.cat(steps, 1), expected)
 
 
-def test_attention_backends_agree() -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
+def test_attention_backends_agree(backend: str) -> None:
     model, tokens = make(torch.float32), ids()  # the eager softmax is float32, and masks float64 to NaN
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     with torch.no_grad():
         model.set_attn_implementation("eager")
         expected = model(tokens, attention_mask=mask).logits
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(backend)
         actual = model(tokens, attention_mask=mask).logits
     assert_close(actual[mask.bool()], expected[mask.bool()], 2e-5)
 
