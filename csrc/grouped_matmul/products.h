@@ -231,7 +231,7 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
             matrix.pack(panels.column[p], panels.columns(p), blocks.begin(b), blocks.size(b), packed + p * panel_words);
       }
       Stream stream;
-      if (kIsPacked<Matrix> && rows <= kStreamingRows) {
+      if (kIsPacked<Matrix> && asks_ahead<C>(rows)) {
         // The tile reads memory, and asks for it itself.
       } else if (!last) {
         add_regions<C>(stream, matrix, panels, blocks.begin(b + 1), blocks.size(b + 1));

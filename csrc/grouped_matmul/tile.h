@@ -74,6 +74,12 @@ struct Config {
   }
 };
 
+// Whether a tile of so many rows asks for its panel itself. A full tile has a Stream to do so.
+template <class C>
+constexpr bool asks_ahead(int64_t rows) {
+  return rows <= kStreamingRows && rows < C::kRows;
+}
+
 // ---- what comes next ----------------------------------------------------------------------------------------------
 
 // `rows` stretches of row_bytes bytes, pitch_bytes apart.
@@ -197,7 +203,7 @@ void multiply_tile(int64_t words, const Rows& rows, const typename C::Word* pane
       for (int v = 0; v < kVectors; ++v) {
         b[v] = C::load_vector(step + v * C::kLanes);
         if constexpr (C::kLanes == 16) __builtin_prefetch(step + (8 * kVectors + v) * C::kLanes);
-        if constexpr (kRows < C::kRows && kRows <= kStreamingRows) {
+        if constexpr (asks_ahead<C>(kRows)) {
           __builtin_prefetch(step + (kStreamingSteps * kVectors + v) * C::kLanes, 0, 2);
         }
       }
