@@ -77,7 +77,8 @@ struct Config {
 // Whether a tile of so many rows asks for its panel itself. A full tile has a Stream to do so.
 template <class C>
 constexpr bool asks_ahead(int64_t rows) {
-  return rows <= kStreamingRows && rows < C::kRows;
+  constexpr int kMost = C::kRows > kStreamingRows ? kStreamingRows : C::kRows - 1;
+  return rows <= kMost;
 }
 
 // ---- what comes next ----------------------------------------------------------------------------------------------
