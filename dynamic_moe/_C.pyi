@@ -20,6 +20,7 @@ class TilePlan(TypedDict):
     lanes: int
     multiplies_pairs: bool
     block_words: int
+    column_block_words: int
     panel_bytes: int
     few_rows: int
     dot_rows: int

@@ -74,6 +74,7 @@ py::dict tile_plan_of(const std::string& isa_name, const std::string& dtype_name
   result["lanes"] = plan.lanes;
   result["multiplies_pairs"] = pairs;
   result["block_words"] = plan.block_words;
+  result["column_block_words"] = plan.column_block_words;
   result["panel_bytes"] = plan.panel_bytes;
   result["few_rows"] = plan.few_rows;
   result["dot_rows"] = plan.dot_rows;

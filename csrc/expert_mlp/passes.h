@@ -95,7 +95,7 @@ void expert_mlp(const ExpertMlpParams& p) {
   const auto* down = static_cast<const T*>(p.down_proj);
   const int64_t h = p.hidden_size, i = p.intermediate_size;
   float* const total = accumulator<C>(static_cast<T*>(p.y), p.groups.num_tokens * h);
-  const ColumnShares<C> shares(h);
+  const ColumnShares<C> shares(h, panels_at_once<C>(i, MatrixRows<C>::kBlockWords));
   const int64_t experts = p.groups.num_experts;
   for (int64_t e0 = 0, e1 = 0; e0 < experts; e0 = e1) {
     e1 = chunk_end(p.groups, e0, i * static_cast<int64_t>(sizeof(T)));
@@ -201,9 +201,9 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
   const auto* const x = static_cast<const T*>(p.x);
   const auto* const dy = static_cast<const T*>(p.dy);
   float* const total = p.dx == nullptr ? nullptr : accumulator<C>(static_cast<T*>(p.dx), p.groups.num_tokens * h);
-  const ColumnShares<C> shares(h);
+  const ColumnShares<C> shares(h, panels_at_once<C>(2 * i, MatrixColumns<C>::kBlockWords));
   const int64_t dx_tasks = p.dx == nullptr ? 0 : shares.count();
-  const int64_t step = static_cast<int64_t>(panels_at_once<C>(h)) * C::kColumns;
+  const int64_t step = static_cast<int64_t>(panels_at_once<C>(h, MatrixColumns<C>::kBlockWords)) * C::kColumns;
   const int64_t blocks = divide_up(i, step);
   if (d_weights != nullptr) __builtin_memset(d_weights, 0, static_cast<size_t>(p.num_slots) * sizeof(float));
 
@@ -229,20 +229,17 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
       const bool is_down = index >= gate_up_tasks.count();
       const OuterTask task = is_down ? down_tasks.task(index - gate_up_tasks.count()) : gate_up_tasks.task(index);
       const int64_t first_row = p.groups.expert_offsets[task.expert], expert_rows = rows_of(p.groups, task.expert);
-      const auto token_row = [&](const T* base, int64_t r) { return base + token_of_row(p.groups, first_row + r) * h; };
+      const auto token_rows = [&](const T* base) { return StoredRows<T>{base, h, first_row, p.groups.row_token}; };
       if (is_down) {
         T* out = d_down + (task.expert * h + task.n) * i;
         if (expert_rows == 0) return zero_rows<C>(out, task.count, i);
-        outer_products<C>(
-            expert_rows, task.count, i, [&](int64_t r) { return token_row(dy, r) + task.n; },
-            [&](int64_t r) { return chunk.scaled_activation + (first_row - chunk_row + r) * i; }, out, i);
+        outer_products<C>(expert_rows, task.n, task.count, i, token_rows(dy),
+                          StoredRows<T>{chunk.scaled_activation, i, first_row - chunk_row}, out, i);
       } else {
         T* out = d_gate_up + (task.expert * 2 * i + task.n) * h;
         if (expert_rows == 0) return zero_rows<C>(out, task.count, h);
-        outer_products<C>(
-            expert_rows, task.count, h,
-            [&](int64_t r) { return chunk.d_pre_activation + (first_row - chunk_row + r) * 2 * i + task.n; },
-            [&](int64_t r) { return token_row(x, r); }, out, h);
+        outer_products<C>(expert_rows, task.n, task.count, h,
+                          StoredRows<T>{chunk.d_pre_activation, 2 * i, first_row - chunk_row}, token_rows(x), out, h);
       }
     });
   }

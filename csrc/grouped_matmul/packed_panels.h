@@ -59,6 +59,7 @@ Region packed_region(const typename C::Word* data, int64_t columns, int64_t elem
 // Panels of PackedColumns, one after the other. Word is const for reading.
 template <class C, class Word = const typename C::Word>
 struct MatrixPanels {
+  static constexpr int64_t kBlockWords = C::kPlan.block_words;
   Word* data;
   int64_t inner_words;
 
@@ -66,8 +67,8 @@ struct MatrixPanels {
   Word* at(int64_t column, int columns, int64_t k) const {
     return data + inner_words * column + C::words(k) * padded_columns<C>(columns);
   }
-  Word* pack(int64_t column, int columns, int64_t k, int64_t, typename C::Word*) const {
-    return at(column, columns, k);
+  void pack(const Panels<C>& panels, int64_t k, int64_t, typename C::Word*, int64_t, Word** panel) const {
+    for (int p = 0; p < panels.count; ++p) panel[p] = at(panels.column[p], panels.columns(p), k);
   }
   Region region(int64_t column, int columns, int64_t k, int64_t elements) const {
     return packed_region<C>(at(column, columns, k), columns, elements);
@@ -78,6 +79,7 @@ struct MatrixPanels {
 // intermediate_size on are those of up.
 template <class C, class Word = const typename C::Word>
 struct GateUpPanels {
+  static constexpr int64_t kBlockWords = C::kPlan.block_words;
   Word* data;
   int64_t inner_words, intermediate_size;
 
@@ -86,8 +88,8 @@ struct GateUpPanels {
     const int64_t padded = padded_columns<C>(columns), gate_column = is_up ? column - intermediate_size : column;
     return data + inner_words * (2 * gate_column + (is_up ? padded : 0)) + C::words(k) * padded;
   }
-  Word* pack(int64_t column, int columns, int64_t k, int64_t, typename C::Word*) const {
-    return at(column, columns, k);
+  void pack(const Panels<C>& panels, int64_t k, int64_t, typename C::Word*, int64_t, Word** panel) const {
+    for (int p = 0; p < panels.count; ++p) panel[p] = at(panels.column[p], panels.columns(p), k);
   }
   Region region(int64_t column, int columns, int64_t k, int64_t elements) const {
     return packed_region<C>(at(column, columns, k), columns, elements);
@@ -102,9 +104,9 @@ constexpr bool kIsPacked<GateUpPanels<C>> = true;
 // Fills one panel, in the same blocks of the inner dimension in which multiply_block reads it.
 template <class C, class Target>
 void pack_panel(const MatrixRows<C>& matrix, int64_t column, int columns, int64_t inner, const Target& target) {
-  const InnerBlocks<C> blocks(inner);
+  const InnerBlocks<C> blocks(inner, MatrixRows<C>::kBlockWords);
   for (int64_t b = 0; b < blocks.count; ++b) {
-    matrix.pack(column, columns, blocks.begin(b), blocks.size(b), target.at(column, columns, blocks.begin(b)));
+    matrix.pack_panel(column, columns, blocks.begin(b), blocks.size(b), target.at(column, columns, blocks.begin(b)));
   }
 }
 

@@ -15,21 +15,12 @@
 namespace dynamic_moe {
 namespace {
 
-constexpr int kMostPanels = 16;     // panels that a task packs at once
 constexpr int kMostFewRows = 32;    // no level's few_rows exceeds this
 constexpr int64_t kRowBlock = 512;  // rows whose partial sums are kept while the inner dimension is walked
 
-// Some columns of a matrix, cut into panels: panel p holds those from column[p] on.
-template <class C>
-struct Panels {
-  int count = 0;
-  int64_t column[kMostPanels];
-  int start[kMostPanels + 1] = {};  // columns in the panels before p
-
-  int columns(int p) const { return start[p + 1] - start[p]; }
-  int vectors(int p) const { return static_cast<int>(divide_up(columns(p), C::kLanes)); }
-  int width() const { return start[count]; }
-};
+// Words between packed panels. Panels of a power of two of words would meet in the same few sets of the first-level
+// cache, into which one row of storage is written at the same place of every panel.
+constexpr int64_t kPanelGap = 2 * kLineWords;
 
 // At most `most` panels of the columns [first, end), of equal width up to a vector.
 template <class C>
@@ -45,10 +36,10 @@ Panels<C> cut_into_panels(int64_t first, int64_t end, int most) {
   return panels;
 }
 
-// How many panels of `elements` inner elements fit the cache together.
+// How many panels of `elements` inner elements fit the cache together, packed in blocks of at most block_words words.
 template <class C>
-int panels_at_once(int64_t elements) {
-  const int64_t words = smaller(C::words(elements), C::kPlan.block_words);
+int panels_at_once(int64_t elements, int64_t block_words) {
+  const int64_t words = smaller(C::words(elements), block_words);
   const int64_t bytes = words * C::kColumns * static_cast<int64_t>(sizeof(typename C::Word));
   const int64_t fit = bytes > 0 ? C::kPlan.panel_bytes / bytes : kMostPanels;
   return static_cast<int>(fit < 1 ? 1 : smaller(fit, kMostPanels));
@@ -58,7 +49,7 @@ int panels_at_once(int64_t elements) {
 template <class C>
 int column_panels_at_once(int64_t inner, int64_t columns, int64_t experts) {
   const int64_t fair = experts * divide_up(columns, C::kColumns) / (16 * static_cast<int64_t>(num_threads()));
-  return static_cast<int>(fair < 1 ? 1 : smaller(fair, panels_at_once<C>(inner)));
+  return static_cast<int>(fair < 1 ? 1 : smaller(fair, panels_at_once<C>(inner, C::kPlan.block_words)));
 }
 
 // Splits `elements` into equal blocks of at most block_words words; a block holds whole words.
@@ -66,26 +57,32 @@ template <class C>
 struct InnerBlocks {
   int64_t elements, count, block;
 
-  explicit InnerBlocks(int64_t total) : elements(total) {
+  InnerBlocks(int64_t total, int64_t block_words) : elements(total) {
     const int64_t words = C::words(total);
-    count = words > 0 ? divide_up(words, C::kPlan.block_words) : 1;
+    count = words > 0 ? divide_up(words, block_words) : 1;
     block = divide_up(words, count) * C::kPerWord;
   }
   int64_t begin(int64_t b) const { return smaller(b * block, elements); }
   int64_t size(int64_t b) const { return begin(b + 1) - begin(b); }
 };
 
-// The matrix of multiply_block, whose pack() gives the address of a packed panel, in the buffer offered or elsewhere
-// (packed_panels.h). Its columns are the rows of storage (y = W x) ...
+// The matrix of multiply_block, whose pack() gives the addresses of packed panels: in the buffer offered, panel_words
+// apart, or elsewhere (packed_panels.h). Its columns are the rows of storage (y = W x) ...
 template <class C>
 struct MatrixRows {
+  static constexpr int64_t kBlockWords = C::kPlan.block_words;
   const typename C::T* data;
   int64_t pitch;
 
-  const typename C::Word* pack(int64_t column, int columns, int64_t k, int64_t elements,
-                               typename C::Word* panel) const {
+  void pack(const Panels<C>& panels, int64_t k, int64_t elements, typename C::Word* packed, int64_t panel_words,
+            const typename C::Word** panel) const {
+    for (int p = 0; p < panels.count; ++p) {
+      panel[p] = packed + p * panel_words;
+      pack_panel(panels.column[p], panels.columns(p), k, elements, packed + p * panel_words);
+    }
+  }
+  void pack_panel(int64_t column, int columns, int64_t k, int64_t elements, typename C::Word* panel) const {
     pack_rows_as_columns<C>(data + column * pitch + k, pitch, columns, elements, panel);
-    return panel;
   }
   Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
     return {reinterpret_cast<const char*>(data + column * pitch + k), columns,
@@ -97,14 +94,15 @@ struct MatrixRows {
 // ... or the columns of storage (x = W^T y).
 template <class C>
 struct MatrixColumns {
+  static constexpr int64_t kBlockWords = C::kPlan.column_block_words;
   const typename C::T* data;
   int64_t pitch;
 
-  const typename C::Word* pack(int64_t column, int columns, int64_t k, int64_t elements,
-                               typename C::Word* panel) const {
-    const typename C::T* corner = data + k * pitch + column;
-    pack_columns<C>([&](int64_t i) { return corner + i * pitch; }, columns, elements, panel);
-    return panel;
+  void pack(const Panels<C>& panels, int64_t k, int64_t elements, typename C::Word* packed, int64_t panel_words,
+            const typename C::Word** panel) const {
+    typename C::Word* out[kMostPanels];
+    for (int p = 0; p < panels.count; ++p) panel[p] = out[p] = packed + p * panel_words;
+    pack_columns<C>([&](int64_t i) { return data + (k + i) * pitch; }, panels, elements, out);
   }
   Region region(int64_t column, int64_t columns, int64_t k, int64_t elements) const {
     return {reinterpret_cast<const char*>(data + k * pitch + column), elements,
@@ -209,10 +207,10 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
     }
   }
   using Word = typename C::Word;
-  const InnerBlocks<C> blocks(inner);
+  const InnerBlocks<C> blocks(inner, Matrix::kBlockWords);
   const int64_t pitch = static_cast<int64_t>(panels.count) * C::kColumns;
   const int64_t panel_words =
-      kIsPacked<Matrix> ? 0 : divide_up(C::words(blocks.block), C::kLanes) * C::kLanes * C::kColumns;
+      kIsPacked<Matrix> ? 0 : divide_up(C::words(blocks.block), C::kLanes) * C::kLanes * C::kColumns + kPanelGap;
   Word* const packed = kIsPacked<Matrix> ? nullptr : scratch<Word>(Scratch::kPanel, panel_words * panels.count);
   const Word* panel[kMostPanels];
   Word* const space =
@@ -226,10 +224,7 @@ void multiply_block(int64_t rows, const Panels<C>& panels, int64_t inner, const 
     for (int64_t b = 0; b < blocks.count; ++b) {
       const bool last = b + 1 == blocks.count;
       const int64_t words = C::words(blocks.size(b));
-      for (int p = 0; p < panels.count; ++p) {
-        panel[p] =
-            matrix.pack(panels.column[p], panels.columns(p), blocks.begin(b), blocks.size(b), packed + p * panel_words);
-      }
+      matrix.pack(panels, blocks.begin(b), blocks.size(b), packed, panel_words, panel);
       Stream stream;
       if (kIsPacked<Matrix> && asks_ahead<C>(rows)) {
         // The tile reads memory, and asks for it itself.
@@ -315,26 +310,20 @@ inline int64_t rows_of(const RowGroups& groups, int64_t expert) {
   return groups.expert_offsets[expert + 1] - groups.expert_offsets[expert];
 }
 
-// Columns [0, width) cut for the threads: whole panels, as many for each thread, then what is left in equal parts. The
-// cut changes no sum.
+// Columns [0, width) cut for the threads into equal shares, up to a vector, of at most `panels` panels; as many shares
+// for each thread. The cut changes no sum.
 template <class C>
 class ColumnShares {
  public:
-  explicit ColumnShares(int64_t width) : width_(width) {
-    const int64_t vectors = divide_up(width, C::kLanes), threads = num_threads();
-    whole_ = vectors / C::kVectors / threads * threads;
-    left_ = vectors - whole_ * C::kVectors;
-    count_ = whole_ + smaller(left_, threads);
+  ColumnShares(int64_t width, int64_t panels) : width_(width), vectors_(divide_up(width, C::kLanes)) {
+    const int64_t threads = num_threads();
+    count_ = smaller(divide_up(divide_up(vectors_, panels * C::kVectors), threads) * threads, vectors_);
   }
   int64_t count() const { return count_; }
-  int64_t begin(int64_t share) const {
-    const int64_t part = share - whole_;
-    const int64_t vectors = part <= 0 ? share * C::kVectors : whole_ * C::kVectors + left_ * part / (count_ - whole_);
-    return smaller(vectors * C::kLanes, width_);
-  }
+  int64_t begin(int64_t share) const { return smaller(vectors_ * share / count_ * C::kLanes, width_); }
 
  private:
-  int64_t width_, whole_, left_, count_;
+  int64_t width_, vectors_, count_;
 };
 
 // total[token][n] += scale(row) * (row(r) x matrix_e)[n] for the columns [begin, end) and the experts [e0, e1).
@@ -342,7 +331,7 @@ class ColumnShares {
 template <class C, class Row, class Source, class Scale>
 void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_t begin, int64_t end, int64_t inner,
                          const Row& row, const Source& source, const Scale& scale, float* total, int64_t total_pitch) {
-  const int most = panels_at_once<C>(inner);
+  const int most = panels_at_once<C>(inner, decltype(source(e0))::kBlockWords);
   for (int64_t e = e0; e < e1; ++e) {
     const int64_t first_row = groups.expert_offsets[e];
     const auto matrix = source(e);
@@ -394,53 +383,88 @@ float* accumulator(typename C::T* out, int64_t count) {
   }
 }
 
-// out[n][h] = sum over r < rows of a(r)[n] * b(r)[h], for n < n_count and h < width.
-template <class C, class RowA, class RowB>
-void outer_products(int64_t rows, int n_count, int64_t width, const RowA& a, const RowB& b, typename C::T* out,
-                    int64_t pitch) {
-  using Word = typename C::Word;
-  const InnerBlocks<C> blocks(rows);
-  const int64_t a_words = C::words(blocks.block) * divide_up(n_count, C::kRows) * C::kRows;
-  Word* const a_packed = scratch<Word>(Scratch::kRows, a_words * blocks.count);
-  Word* const panel = scratch<Word>(Scratch::kPanel, C::words(blocks.block) * C::kColumns);
-  float* const sums = scratch<float>(Scratch::kTile, divide_up(n_count, C::kRows) * C::kRows * C::kColumns);
-  for (int64_t block = 0; block < blocks.count; ++block) {
-    const int64_t k = blocks.begin(block);
-    pack_broadcast_columns<C>([&](int64_t r) { return a(k + r); }, n_count, blocks.size(block),
-                              a_packed + a_words * block);
+// Rows of storage: row r is row first + r, or row index[first + r] where there is an index.
+template <class T>
+struct StoredRows {
+  const T* data;
+  int64_t pitch;
+  int64_t first;
+  const int32_t* index = nullptr;
+
+  const T* operator()(int64_t r) const { return data + (index != nullptr ? index[first + r] : first + r) * pitch; }
+  // `count` elements from `column` on of the rows from r on, for the stream.
+  Region region(int64_t r, int64_t rows, int64_t column, int64_t count) const {
+    const int64_t bytes = pitch * static_cast<int64_t>(sizeof(T));
+    const char* const base = reinterpret_cast<const char*>(data + column);
+    return {index != nullptr ? base : base + (first + r) * bytes, rows, count * static_cast<int64_t>(sizeof(T)), bytes,
+            index != nullptr ? index + first + r : nullptr};
   }
-  Stream nothing;
+};
+
+// out[n][h] = sum over r < rows of a(r)[first_n + n] * b(r)[h], for n < n_count and h < width.
+template <class C>
+void outer_products(int64_t rows, int64_t first_n, int n_count, int64_t width, const StoredRows<typename C::T>& a,
+                    const StoredRows<typename C::T>& b, typename C::T* out, int64_t pitch) {
+  using Word = typename C::Word;
+  constexpr int64_t kBlockWords = C::kPlan.column_block_words;
+  const InnerBlocks<C> blocks(rows, kBlockWords);
+  const int most = panels_at_once<C>(rows, kBlockWords);
+  const int64_t block_words = C::words(blocks.block);
+  const int64_t a_words = block_words * divide_up(n_count, C::kRows) * C::kRows;
+  const int64_t panel_words = block_words * C::kColumns + kPanelGap;
+  const int64_t sums_pitch = static_cast<int64_t>(cut_into_panels<C>(0, width, most).count) * C::kColumns;
+  Word* const a_packed = scratch<Word>(Scratch::kRows, a_words * blocks.count);
+  Word* const b_packed = scratch<Word>(Scratch::kPanel, panel_words * most);
+  Word* panel[kMostPanels];
+  for (int p = 0; p < most; ++p) panel[p] = b_packed + p * panel_words;
+  float* const sums = scratch<float>(Scratch::kTile, divide_up(n_count, C::kRows) * C::kRows * sums_pitch);
   for (int64_t h = 0; h < width;) {
-    const Panels<C> panels = cut_into_panels<C>(h, width, 1);
-    const int columns = panels.columns(0);
+    const Panels<C> panels = cut_into_panels<C>(h, width, most);
+    const int64_t next_h = h + panels.width(), next_width = smaller(width - next_h, most * int64_t{C::kColumns});
     for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t k = blocks.begin(block);
-      const int64_t words = C::words(blocks.size(block));
-      pack_columns<C>([&](int64_t r) { return b(k + r) + h; }, columns, blocks.size(block), panel);
+      const int64_t k = blocks.begin(block), elements = blocks.size(block), words = C::words(elements);
+      if (h == 0) {
+        pack_broadcast_columns<C>([&](int64_t r) { return a(k + r) + first_n; }, n_count, elements,
+                                  a_packed + a_words * block);
+      }
+      pack_columns<C>([&](int64_t r) { return b(k + r); }, panels, elements, panel);
+      Stream stream;
+      if (block + 1 < blocks.count) {
+        const int64_t next = blocks.begin(block + 1), size = blocks.size(block + 1);
+        if (h == 0) stream.add(a.region(next, size, first_n, n_count));
+        stream.add(b.region(next, size, h, panels.width()));
+      } else if (next_width > 0) {
+        stream.add(b.region(0, blocks.size(0), next_h, next_width));
+      }
+      stream.start(divide_up(n_count, C::kRows) * panels.count * divide_up(words, kLineWords));
       for (int n = 0; n < n_count; n += C::kRows) {
-        const RowsPacked<C> packed{a_packed + a_words * block + n * words, &nothing};
-        float* const c = sums + n * C::kColumns;
-        tile_function<C, RowsPacked<C>>(C::kRows, panels.vectors(0))(words, packed, panel, c, C::kColumns, block > 0);
+        const RowsPacked<C> packed{a_packed + a_words * block + n * words, &stream};
+        float* const c = sums + n * sums_pitch;
+        for (int p = 0; p < panels.count; ++p) {
+          tile_function<C, RowsPacked<C>>(C::kRows, panels.vectors(p))(words, packed, panel[p], c + p * C::kColumns,
+                                                                       sums_pitch, block > 0);
+        }
         if (block + 1 < blocks.count) continue;
         for (int i = 0; i < C::kRows && n + i < n_count; ++i) {
           typename C::T* const target = out + (n + i) * pitch + h;
-          for_each_vector<C>(panels, c + i * C::kColumns,
+          for_each_vector<C>(panels, c + i * sums_pitch,
                              [&](typename C::Simd::Floats v, int column, int count, int64_t) {
                                store_some<C>(target + column, v, count);
                              });
         }
       }
     }
-    h += columns;
+    h = next_h;
   }
 }
 
 // Rows of dW that a task computes: as many as keep the packed side in the second-level cache.
 template <class C>
 int outer_rows(int64_t rows) {
+  constexpr int64_t kMost = smaller(C::kPlan.column_block_words, 256);
   const int64_t words = C::words(rows) > 0 ? C::words(rows) : 1;
   const int64_t fit = C::kPlan.panel_bytes / (words * static_cast<int64_t>(sizeof(typename C::Word)));
-  const int64_t bounded = fit < 64 ? 64 : smaller(fit, 256);
+  const int64_t bounded = fit < 64 ? 64 : smaller(fit, kMost);
   return static_cast<int>(bounded / C::kRows * C::kRows);
 }
 
@@ -523,7 +547,7 @@ void grouped_matmul_dx(const GroupedMatmulDxParams& p) {
   const auto* weight = static_cast<const T*>(p.weight);
   auto* dx = static_cast<T*>(p.dx);
   float* const total = accumulator<C>(dx, p.groups.num_tokens * p.k);
-  const ColumnShares<C> shares(p.k);
+  const ColumnShares<C> shares(p.k, panels_at_once<C>(p.n, MatrixColumns<C>::kBlockWords));
   parallel_tasks(shares.count(), p.groups.num_rows * p.n * p.k, [&](int64_t share) {
     const int64_t begin = shares.begin(share), end = shares.begin(share + 1);
     zero_columns<C>(total, p.groups.num_tokens, p.k, begin, end);
@@ -547,9 +571,8 @@ void grouped_matmul_dw(const GroupedMatmulDwParams& p) {
     T* out = dw + (task.expert * p.n + task.n) * p.k;
     const int64_t rows = rows_of(p.groups, task.expert), first_row = p.groups.expert_offsets[task.expert];
     if (rows == 0) return zero_rows<C>(out, task.count, p.k);
-    outer_products<C>(
-        rows, task.count, p.k, [&](int64_t r) { return dy + (first_row + r) * p.n + task.n; },
-        [&](int64_t r) { return x + token_of_row(p.groups, first_row + r) * p.k; }, out, p.k);
+    outer_products<C>(rows, task.n, task.count, p.k, StoredRows<T>{dy, p.n, first_row},
+                      StoredRows<T>{x, p.k, first_row, p.groups.row_token}, out, p.k);
   });
 }
 

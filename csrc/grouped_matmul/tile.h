@@ -83,12 +83,14 @@ constexpr bool asks_ahead(int64_t rows) {
 
 // ---- what comes next ----------------------------------------------------------------------------------------------
 
-// `rows` stretches of row_bytes bytes, pitch_bytes apart.
+// `rows` stretches of row_bytes bytes: row r lies pitch_bytes * index[r] behind the base (null: r).
 struct Region {
   const char* base = nullptr;
   int64_t rows = 0, row_bytes = 0, pitch_bytes = 0;
+  const int32_t* index = nullptr;
 
   int64_t lines() const { return rows * divide_up(row_bytes, kLineBytes); }
+  const char* row(int64_t r) const { return base + (index != nullptr ? index[r] : r) * pitch_bytes; }
 };
 
 // Brings the memory that will be packed next into the second-level cache while the present tiles are multiplied: a few
@@ -110,7 +112,7 @@ class Stream {
     for (int64_t i = 0; i < lines_per_step_; ++i) {
       if (current_ == count_) return;
       const Region& region = regions_[current_];
-      __builtin_prefetch(region.base + row_ * region.pitch_bytes + byte_, 0, 2);
+      __builtin_prefetch(region.row(row_) + byte_, 0, 2);
       byte_ += kLineBytes;
       if (byte_ < region.row_bytes) continue;
       byte_ = 0;
@@ -360,6 +362,20 @@ DotFunction<C> dot_function(int rows) {
 
 // ---- packing ------------------------------------------------------------------------------------------------------
 
+constexpr int kMostPanels = 16;  // panels that a task packs at once
+
+// Some columns of a matrix, cut into panels: panel p holds those from column[p] on.
+template <class C>
+struct Panels {
+  int count = 0;
+  int64_t column[kMostPanels];
+  int start[kMostPanels + 1] = {};  // columns in the panels before p
+
+  int columns(int p) const { return start[p + 1] - start[p]; }
+  int vectors(int p) const { return static_cast<int>(divide_up(columns(p), C::kLanes)); }
+  int width() const { return start[count]; }
+};
+
 // One vector of words of the elements p[0], p[1], ... of which only the first `count` exist; the rest are zero.
 template <class C>
 typename C::Simd::Words load_row_words(const typename C::T* p, int64_t count) {
@@ -420,18 +436,40 @@ typename C::Vector load_column_words(const typename C::T* even, const typename C
   }
 }
 
-// panel: [words][vectors * lanes] from row(k)[0..columns), k < elements; columns beyond are zero.
+constexpr int64_t kRowsAhead = 4;  // packing along columns asks for the row so far ahead of the present one
+
+template <class C>
+void prefetch_row(const typename C::T* row, const Panels<C>& panels) {
+  const char* const columns = reinterpret_cast<const char*>(row + panels.column[0]);
+  const int64_t bytes = panels.width() * static_cast<int64_t>(sizeof(typename C::T));
+  for (int64_t byte = 0; byte < bytes; byte += kLineBytes) __builtin_prefetch(columns + byte);
+}
+
+// panel[p]: [words][vectors * lanes] from row(k) and the panel's columns, k < elements; columns beyond are zero. Panel
+// by panel within a row, so that memory is read in long stretches.
 template <class C, class Row>
-void pack_columns(const Row& row, int columns, int64_t elements, typename C::Word* panel) {
+void pack_columns(const Row& row, const Panels<C>& panels, int64_t elements, typename C::Word* const* panel) {
   constexpr int kLanes = C::kLanes;
-  const int vectors = static_cast<int>(divide_up(columns, kLanes));
   for (int64_t k = 0; k < elements; k += C::kPerWord) {
     const typename C::T* even = row(k);
     const typename C::T* odd = C::kPairs && k + 1 < elements ? row(k + 1) : nullptr;
-    for (int v = 0; v < vectors; ++v, panel += kLanes) {
-      const int first = v * kLanes;
-      C::store_vector(panel,
-                      load_column_words<C>(even + first, odd == nullptr ? nullptr : odd + first, columns - first));
+    if (k + kRowsAhead < elements) prefetch_row<C>(row(k + kRowsAhead), panels);
+    for (int p = 0; p < panels.count; ++p) {
+      const int columns = panels.columns(p), vectors = panels.vectors(p);
+      const typename C::T* const even_columns = even + panels.column[p];
+      const typename C::T* const odd_columns = odd == nullptr ? nullptr : odd + panels.column[p];
+      typename C::Word* const out = panel[p] + k / C::kPerWord * vectors * kLanes;
+      const auto pack = [&](int v, int count) __attribute__((always_inline)) {
+        const int first = v * kLanes;
+        C::store_vector(out + first, load_column_words<C>(even_columns + first,
+                                                          odd == nullptr ? nullptr : odd_columns + first, count));
+      };
+      if (columns == C::kColumns) {
+#pragma GCC unroll 4
+        for (int v = 0; v < C::kVectors; ++v) pack(v, kLanes);
+      } else {
+        for (int v = 0; v < vectors; ++v) pack(v, columns - v * kLanes);
+      }
     }
   }
 }

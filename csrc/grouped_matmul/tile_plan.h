@@ -16,26 +16,28 @@ struct TilePlan {
   int rows;
   int vectors;
   int lanes;
-  int block_words;  // longest stretch of the inner dimension that is packed at once
-  int panel_bytes;  // of the second-level cache that the panels packed at once may take
-  int few_rows;     // a group of at most this many rows reads its weights in place instead of packing them
-  int dot_rows;     // of such a group, that are multiplied side by side: four sums each, all in registers
+  int block_words;         // longest stretch of the inner dimension that is packed at once
+  int column_block_words;  // the same where the inner dimension runs down the rows of storage: the shorter it is, the
+                           // more panels fit, and the longer the stretch of each row that is read
+  int panel_bytes;         // of the second-level cache that the panels packed at once may take
+  int few_rows;            // a group of at most this many rows reads its weights in place instead of packing them
+  int dot_rows;            // of such a group, that are multiplied side by side: four sums each, all in registers
 };
 
 constexpr TilePlan tile_plan(Isa isa, bool multiplies_pairs) {
   switch (isa) {
     case Isa::kScalar:
-      return {4, 2, 1, 1024, 400000, 1, 3};
+      return {4, 2, 1, 1024, 1024, 400000, 1, 3};
     case Isa::kAvx2:
-      return {4, 3, 8, 512, 160000, 16, 3};
+      return {4, 3, 8, 512, 128, 160000, 16, 3};
     case Isa::kAmx:
-      if (multiplies_pairs) return {16, 3, 16, 1024, 400000, 16, 6};
+      if (multiplies_pairs) return {16, 3, 16, 1024, 1024, 400000, 16, 6};
       break;
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
       break;
   }
-  return {8, 3, 16, 1024, 400000, 16, 6};
+  return {8, 3, 16, 1024, 1024, 400000, 16, 6};
 }
 
 constexpr bool multiplies_pairs(Isa isa, DType dtype) {

@@ -170,7 +170,7 @@ class TestTilePlans:
         in_tiles = isa == "amx" and plan["multiplies_pairs"]
         assert plan["rows"] <= 16 if in_tiles else plan["rows"] * vectors + vectors + 1 <= registers
         assert plan["multiplies_pairs"] == (dtype == "bfloat16" and isa in ("avx512_bf16", "amx"))
-        assert plan["block_words"] > 0
+        assert 0 < plan["column_block_words"] <= plan["block_words"]
         assert plan["few_rows"] >= 0
         assert plan["dot_rows"] >= 1
 

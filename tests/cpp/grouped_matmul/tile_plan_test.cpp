@@ -77,6 +77,10 @@ TEST(TilePlan, BlocksHoldWholeVectorsOfWords) {
   for_each_plan([](Isa, bool, const TilePlan& plan) {
     EXPECT_GT(plan.block_words, 0);
     EXPECT_EQ(plan.block_words % plan.lanes, 0);
+    EXPECT_GT(plan.column_block_words, 0);
+    EXPECT_LE(plan.column_block_words, plan.block_words);
+    EXPECT_EQ(plan.column_block_words % plan.lanes, 0);
+    EXPECT_GE(plan.column_block_words, 64);  // rows of dW that a task computes at least
     EXPECT_GE(plan.few_rows, 1);
     EXPECT_LE(plan.few_rows, 32);  // what products.h keeps pointers for
   });
