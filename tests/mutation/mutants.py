@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "dW: sums of earlier blocks of rows are thrown away",
         "csrc/grouped_matmul/products.h",
-        "(words, packed, panel, c, C::kColumns, block > 0);",
-        "(words, packed, panel, c, C::kColumns, false);",
+        "sums_pitch, block > 0);",
+        "sums_pitch, false);",
         "grouped_matmul",
     ),
     Mutant(
