@@ -417,7 +417,8 @@ void outer_products(int64_t rows, int64_t first_n, int n_count, int64_t width, c
   Word* const b_packed = scratch<Word>(Scratch::kPanel, panel_words * most);
   Word* panel[kMostPanels];
   for (int p = 0; p < most; ++p) panel[p] = b_packed + p * panel_words;
-  float* const sums = scratch<float>(Scratch::kTile, divide_up(n_count, C::kRows) * C::kRows * sums_pitch);
+  const int64_t kept_rows = blocks.count > 1 ? divide_up(n_count, C::kRows) * C::kRows : C::kRows;
+  float* const sums = scratch<float>(Scratch::kTile, kept_rows * sums_pitch);
   for (int64_t h = 0; h < width;) {
     const Panels<C> panels = cut_into_panels<C>(h, width, most);
     const int64_t next_h = h + panels.width(), next_width = smaller(width - next_h, most * int64_t{C::kColumns});
@@ -439,7 +440,7 @@ void outer_products(int64_t rows, int64_t first_n, int n_count, int64_t width, c
       stream.start(divide_up(n_count, C::kRows) * panels.count * divide_up(words, kLineWords));
       for (int n = 0; n < n_count; n += C::kRows) {
         const RowsPacked<C> packed{a_packed + a_words * block + n * words, &stream};
-        float* const c = sums + n * sums_pitch;
+        float* const c = blocks.count > 1 ? sums + n * sums_pitch : sums;
         for (int p = 0; p < panels.count; ++p) {
           tile_function<C, RowsPacked<C>>(C::kRows, panels.vectors(p))(words, packed, panel[p], c + p * C::kColumns,
                                                                        sums_pitch, block > 0);
@@ -458,7 +459,8 @@ void outer_products(int64_t rows, int64_t first_n, int n_count, int64_t width, c
   }
 }
 
-// Rows of dW that a task computes: as many as keep the packed side in the second-level cache.
+// Rows of dW that a task computes: as many as keep the packed side in the second-level cache, and no more than a block
+// of the other side has rows, so that the kept sums stay there too.
 template <class C>
 int outer_rows(int64_t rows) {
   constexpr int64_t kMost = smaller(C::kPlan.column_block_words, 256);

@@ -78,6 +78,27 @@ MUTANTS = [
         "grouped_matmul",
     ),
     Mutant(
+        "dW: every task multiplies the first columns of dy",
+        "csrc/grouped_matmul/products.h",
+        "return a(k + r) + first_n;",
+        "return a(k + r);",
+        "grouped_matmul",
+    ),
+    Mutant(
+        "dW: the tokens of the first expert serve all of them",
+        "csrc/grouped_matmul/products.h",
+        "index[first + r] : first + r) * pitch",
+        "index[r] : first + r) * pitch",
+        "grouped_matmul",
+    ),
+    Mutant(
+        "packing along columns: every panel holds the columns of the first",
+        "csrc/grouped_matmul/tile.h",
+        "even_columns = even + panels.column[p];",
+        "even_columns = even + panels.column[0];",
+        "grouped_matmul",
+    ),
+    Mutant(
         "dX: a token keeps its last row alone",
         "csrc/grouped_matmul/products.h",
         "Simd::fma(v, factors, load_some<C>(out + column, columns))",

@@ -46,6 +46,7 @@ std::vector<Shape> group_sizes() {
   }
   shapes.push_back({{"700 and 513 rows", {700, 513}, 300}, 19, 21});
   shapes.push_back({{"1100 rows over two inner blocks", {1100, 3}, 1000}, 5, 2051});
+  shapes.push_back({{"300 rows: several blocks, tasks and groups of panels", {300, 130}, 200}, 150, 350});
   shapes.push_back({{"2101 rows in place", {2101}, 0, false}, 33, 9});
   shapes.push_back({{"4200 rows", {0, 4200, 0}, 100}, 3, 17});
   shapes.push_back({{"200 groups", std::vector<int32_t>(200, 1), 31}, 6, 10});
