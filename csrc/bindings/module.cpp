@@ -78,6 +78,7 @@ py::dict tile_plan_of(const std::string& isa_name, const std::string& dtype_name
   result["panel_bytes"] = plan.panel_bytes;
   result["few_rows"] = plan.few_rows;
   result["dot_rows"] = plan.dot_rows;
+  result["spread_dot_rows"] = plan.spread_dot_rows;
   return result;
 }
 

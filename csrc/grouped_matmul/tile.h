@@ -259,6 +259,7 @@ struct DotOperands {
   static constexpr bool kSpread = !C::kInPlace;
   using RowElement = std::conditional_t<kSpread, float, T>;
   static constexpr int kVectors = kSpread ? 2 : 1;
+  static constexpr int kRows = kSpread ? C::kPlan.spread_dot_rows : C::kPlan.dot_rows;
   static constexpr int kStep = kVectors * C::kLanes * C::kPerWord;                          // elements read at once
   static constexpr int kLine = static_cast<int>(kLineBytes) / static_cast<int>(sizeof(T));  // weights in a line
 
@@ -292,58 +293,60 @@ struct DotOperands {
   }
 };
 
-// sums[r * pitch + n] = row[r] . (weights + n * weights_pitch) for n < kDotColumns; the same place of `upcoming`, which
-// will be read next, is brought in meanwhile.
-template <class C, int kRows>
+// sums[r * pitch + n] = row[r] . (weights + n * weights_pitch) for n < kDotColumns. Meanwhile the first kAhead rows of
+// `upcoming`, weights that will be read next, are brought in: into the second-level cache, or, where memory alone sets
+// the pace and they are used but once, past it.
+template <class C, int kRows, int kAhead>
 void dot_tile(int64_t elements, const typename DotOperands<C>::RowElement* const* row, const typename C::T* weights,
               int64_t weights_pitch, const typename C::T* upcoming, float* sums, int64_t pitch) {
   using Simd = typename C::Simd;
   using Operands = DotOperands<C>;
   using Vectors = typename C::Vector[Operands::kVectors];
+  constexpr int kHint = C::kLanes == 8 && kAhead == kDotColumns ? 0 : 2;
   typename Simd::Floats sum[kRows][kDotColumns];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int n = 0; n < kDotColumns; ++n) sum[r][n] = Simd::zero();
   }
-  const auto multiply = [&](int64_t k, const Vectors(&w)[kDotColumns]) __attribute__((always_inline)) {
+  // Whether all of the step's elements exist is known to the compiler: a branch within the loop would cost the sums
+  // their registers.
+  const auto step = [&](int64_t k, auto whole) __attribute__((always_inline)) {
+    Vectors x[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      Vectors x;
       if constexpr (Operands::kSpread) {
-        for (int i = 0; i < Operands::kVectors; ++i) x[i] = Simd::load(row[r] + k + i * C::kLanes);
-      } else if (k + Operands::kStep <= elements) {
-        Operands::load(row[r] + k, x);
+        for (int i = 0; i < Operands::kVectors; ++i) x[r][i] = Simd::load(row[r] + k + i * C::kLanes);
+      } else if constexpr (whole) {
+        Operands::load(row[r] + k, x[r]);
       } else {
-        Operands::load_last(row[r] + k, elements - k, x);
+        Operands::load_last(row[r] + k, elements - k, x[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < kDotColumns; ++n) {
+      Vectors w;
+      if constexpr (whole) {
+        Operands::load(weights + n * weights_pitch + k, w);
+      } else {
+        Operands::load_last(weights + n * weights_pitch + k, elements - k, w);
       }
 #pragma GCC unroll 2
       for (int i = 0; i < Operands::kVectors; ++i) {
-#pragma GCC unroll 4
-        for (int n = 0; n < kDotColumns; ++n) sum[r][n] = C::multiply_add(x[i], w[n][i], sum[r][n]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sum[r][n] = C::multiply_add(x[r][i], w[i], sum[r][n]);
       }
     }
-  };
-  const auto step = [&](int64_t k) __attribute__((always_inline)) {
-    Vectors w[kDotColumns];
-#pragma GCC unroll 4
-    for (int n = 0; n < kDotColumns; ++n) Operands::load(weights + n * weights_pitch + k, w[n]);
-    multiply(k, w);
   };
   int64_t k = 0;
   for (; k + Operands::kLine <= elements;) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kDotColumns; ++n) __builtin_prefetch(upcoming + n * weights_pitch + k, 0, 2);
+    for (int n = 0; n < kAhead; ++n) __builtin_prefetch(upcoming + n * weights_pitch + k, 0, kHint);
 #pragma GCC unroll 4
-    for (int i = 0; i < Operands::kLine; i += Operands::kStep, k += Operands::kStep) step(k);
+    for (int i = 0; i < Operands::kLine; i += Operands::kStep, k += Operands::kStep) step(k, std::true_type{});
   }
-  for (; k + Operands::kStep <= elements; k += Operands::kStep) step(k);
-  if (k < elements) {
-    Vectors w[kDotColumns];
-#pragma GCC unroll 4
-    for (int n = 0; n < kDotColumns; ++n) Operands::load_last(weights + n * weights_pitch + k, elements - k, w[n]);
-    multiply(k, w);
-  }
+  for (; k + Operands::kStep <= elements; k += Operands::kStep) step(k, std::true_type{});
+  if (k < elements) step(k, std::false_type{});
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) Simd::store_sums(sums + r * pitch, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
@@ -352,12 +355,16 @@ template <class C>
 using DotFunction = void (*)(int64_t, const typename DotOperands<C>::RowElement* const*, const typename C::T*, int64_t,
                              const typename C::T*, float*, int64_t);
 
-template <class C, int kRows = C::kPlan.dot_rows>
-DotFunction<C> dot_function(int rows) {
+// The tile for `rows` rows that brings in `ahead` rows.
+template <class C, int kRows = DotOperands<C>::kRows, int kAhead = kDotColumns>
+DotFunction<C> dot_function(int rows, int ahead) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return dot_function<C, kRows - 1>(rows);
+    if (rows < kRows) return dot_function<C, kRows - 1, kAhead>(rows, ahead);
   }
-  return dot_tile<C, kRows>;
+  if constexpr (kAhead > 0) {
+    if (ahead < kAhead) return dot_function<C, kRows, kAhead / 2>(rows, ahead);
+  }
+  return dot_tile<C, kRows, kAhead>;
 }
 
 // ---- packing ------------------------------------------------------------------------------------------------------

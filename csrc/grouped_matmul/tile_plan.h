@@ -22,22 +22,23 @@ struct TilePlan {
   int panel_bytes;         // of the second-level cache that the panels packed at once may take
   int few_rows;            // a group of at most this many rows reads its weights in place instead of packing them
   int dot_rows;            // of such a group, that are multiplied side by side: four sums each, all in registers
+  int spread_dot_rows;     // the same where storage is not made of words: the rows themselves stay in registers too
 };
 
 constexpr TilePlan tile_plan(Isa isa, bool multiplies_pairs) {
   switch (isa) {
     case Isa::kScalar:
-      return {4, 2, 1, 1024, 1024, 400000, 1, 3};
+      return {4, 2, 1, 1024, 1024, 400000, 1, 3, 3};
     case Isa::kAvx2:
-      return {4, 3, 8, 512, 128, 160000, 16, 3};
+      return {4, 3, 8, 512, 128, 160000, 16, 3, 2};
     case Isa::kAmx:
-      if (multiplies_pairs) return {16, 3, 16, 1024, 1024, 400000, 16, 6};
+      if (multiplies_pairs) return {16, 3, 16, 1024, 1024, 400000, 16, 6, 6};
       break;
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
       break;
   }
-  return {8, 3, 16, 1024, 1024, 400000, 16, 6};
+  return {8, 3, 16, 1024, 1024, 400000, 16, 6, 6};
 }
 
 constexpr bool multiplies_pairs(Isa isa, DType dtype) {

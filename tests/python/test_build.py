@@ -172,7 +172,7 @@ class TestTilePlans:
         assert plan["multiplies_pairs"] == (dtype == "bfloat16" and isa in ("avx512_bf16", "amx"))
         assert 0 < plan["column_block_words"] <= plan["block_words"]
         assert plan["few_rows"] >= 0
-        assert plan["dot_rows"] >= 1
+        assert 1 <= plan["spread_dot_rows"] <= plan["dot_rows"]
 
     def test_names_what_it_takes(self):
         with pytest.raises(ValueError, match=r"^isa must be one of scalar, .*, got 'sse'$"):
