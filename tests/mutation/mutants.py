@@ -124,8 +124,16 @@ MUTANTS = [
     Mutant(
         "dot products of few rows: the last elements are dropped",
         "csrc/grouped_matmul/tile.h",
-        "  if (k < elements) {",
-        "  if (k < elements && false) {",
+        "  if (k < elements) step(k, std::false_type{});",
+        "",
+        "grouped_matmul",
+        needs="avx2",
+    ),
+    Mutant(
+        "dot products of few rows: every column is the first",
+        "csrc/grouped_matmul/tile.h",
+        "Operands::load(weights + n * weights_pitch + k, w);",
+        "Operands::load(weights + k, w);",
         "grouped_matmul",
         needs="avx2",
     ),
