@@ -58,6 +58,10 @@ class Prepackable(nn.Module):
         neither the weights nor the inputs require one) and the product has the dtype of the weights; elsewhere it uses
         the weights themselves. Results differ by rounding at most: see :func:`dynamic_moe.ops.expert_mlp_prepacked`.
 
+        It pays where experts get many rows. Where each gets a few, as in decoding, every weight is read once, and the
+        packed words of 16-bit weights are wider than the weights: without AVX512-BF16 (float16: everywhere) such a
+        pass takes up to twice the time of the plain one. ``benchmarks/results`` shows both.
+
         The parameters and the state dict stay as they are, so memory for the weights doubles (float16, and bfloat16 on
         processors without AVX512-BF16: triples). When the weights are found to have changed, been replaced, loaded
         anew or moved since, the copy is dropped with a warning; pack them again. ``train()`` drops it too. Copies and
