@@ -148,9 +148,6 @@ void multiply_few_rows(int64_t rows, const Panels<C>& panels, int64_t inner, con
   const int64_t pitch = static_cast<int64_t>(panels.count) * C::kColumns;
   float* const sums = scratch<float>(Scratch::kTile, rows * pitch + kDotColumns);
   using Operands = DotOperands<C>;
-  // Plain float32 passes over its weights so fast that the processor's own prefetching does better alone, where it was
-  // measured (AVX2).
-  constexpr int kAheadAlone = C::kLanes == 8 && !Operands::kSpread ? 0 : kDotColumns;
   const typename Operands::RowElement* row_data[kMostFewRows];
   if constexpr (Operands::kSpread) {
     const int64_t spread_pitch = Operands::spread_pitch(inner);
@@ -181,7 +178,7 @@ void multiply_few_rows(int64_t rows, const Panels<C>& panels, int64_t inner, con
         if (columns >= kDotColumns) {
           // Together the passes over these weights ask for the next ones, so that memory and arithmetic overlap.
           const int64_t first_ahead = kDotColumns * g / groups;
-          const int64_t ahead = groups == 1 ? kAheadAlone : kDotColumns * (g + 1) / groups - first_ahead;
+          const int64_t ahead = groups == 1 ? Operands::kAheadAlone : kDotColumns * (g + 1) / groups - first_ahead;
           dot_function<C>(count, static_cast<int>(ahead))(inner, row_data + from, weights, matrix.pitch,
                                                           upcoming + first_ahead * matrix.pitch, out, pitch);
           continue;

@@ -22,7 +22,7 @@ struct TilePlan {
   int panel_bytes;         // of the second-level cache that the panels packed at once may take
   int few_rows;            // a group of at most this many rows reads its weights in place instead of packing them
   int dot_rows;            // of such a group, that are multiplied side by side: four sums each, all in registers
-  int spread_dot_rows;     // the same where storage is not made of words: the rows themselves stay in registers too
+  int spread_dot_rows;     // the same where storage is not made of words; on AVX2, too, beside the rows themselves
 };
 
 constexpr TilePlan tile_plan(Isa isa, bool multiplies_pairs) {

@@ -58,9 +58,9 @@ class Prepackable(nn.Module):
         neither the weights nor the inputs require one) and the product has the dtype of the weights; elsewhere it uses
         the weights themselves. Results differ by rounding at most: see :func:`dynamic_moe.ops.expert_mlp_prepacked`.
 
-        It pays where experts get many rows. Where each gets a few, as in decoding, every weight is read once, and the
-        packed words of 16-bit weights are wider than the weights: without AVX512-BF16 (float16: everywhere) such a
-        pass takes up to twice the time of the plain one. ``benchmarks/results`` shows both.
+        It pays where experts get many rows. Where each gets a few, as in decoding, the weights are read about once,
+        and packed words can be wider than the weights (see below): on AVX2 such a pass of bfloat16 took up to 1.9
+        times as long as the plain one, and of float32 up to 1.2 times. ``benchmarks/results`` shows both.
 
         The parameters and the state dict stay as they are, so memory for the weights doubles (float16, and bfloat16 on
         processors without AVX512-BF16: triples). When the weights are found to have changed, been replaced, loaded
