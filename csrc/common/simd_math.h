@@ -18,7 +18,7 @@ template <class Lanes, int kCount>
   using L = Lanes;
   using Floats = typename L::Floats;
   constexpr float kLog2E = 0x1.715476p0f,
-                  kRound = 0x1.8p23f;  // adding kRound leaves the nearest integer in the last bits
+                  kRound = 0x1.8p23f + 127;  // adding it leaves the nearest integer, plus 127, in the last bits
   constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // kLn2High times an 8-bit integer is exact
   constexpr float kCoefficients[] = {0x1.6a23dp-10f,
                                      -0x1.123a2p-7f,
@@ -27,13 +27,14 @@ template <class Lanes, int kCount>
                                      0x1.fffffcp-2f,
                                      -1.0f,
                                      1.0f};  // minimax: relative error 3.1e-9
-  Floats n[kCount], y[kCount];
+  Floats biased[kCount], n[kCount], y[kCount];
   const auto each = [](const auto& step) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) step(i);
   };
-  each([&](int i) __attribute__((always_inline)) { n[i] = L::fma(x[i], L::broadcast(-kLog2E), L::broadcast(kRound)); });
-  each([&](int i) __attribute__((always_inline)) { n[i] = L::sub(n[i], L::broadcast(kRound)); });
+  each([&](int i)
+           __attribute__((always_inline)) { biased[i] = L::fma(x[i], L::broadcast(-kLog2E), L::broadcast(kRound)); });
+  each([&](int i) __attribute__((always_inline)) { n[i] = L::sub(biased[i], L::broadcast(kRound)); });
   // exp(-x) = 2^n exp(-y), |y| <= log(2) / 2
   each([&](int i) __attribute__((always_inline)) { y[i] = L::fma(n[i], L::broadcast(kLn2High), x[i]); });
   each([&](int i) __attribute__((always_inline)) { y[i] = L::fma(n[i], L::broadcast(kLn2Low), y[i]); });
@@ -42,7 +43,7 @@ template <class Lanes, int kCount>
   for (int k = 1; k < 7; ++k)
     each([&](int i)
              __attribute__((always_inline)) { result[i] = L::fma(result[i], y[i], L::broadcast(kCoefficients[k])); });
-  each([&](int i) __attribute__((always_inline)) { result[i] = L::scale_by_power_of_two(result[i], n[i]); });
+  L::scale_by_powers_of_two(result, n, biased);
 }
 
 template <class Lanes>

@@ -17,11 +17,8 @@ struct Candidates {
 
   static void store_columns(float* row, int64_t left, const Floats (&x)[kParts]) {
     for (int part = 0; part < kParts; ++part) {
-      if (left >= 16) {
-        L::store(row + part * kLanes, x[part]);
-      } else {
-        L::store_first(row + part * kLanes, x[part], clamped(left - part * kLanes, kLanes));
-      }
+      const int width = clamped(left - part * kLanes, kLanes);
+      width == kLanes ? L::store(row + part * kLanes, x[part]) : L::store_first(row + part * kLanes, x[part], width);
     }
   }
 
@@ -36,32 +33,53 @@ struct Candidates {
     float mass;  // of the candidates
   };
 
-  // Collects the experts that reach `least`; the first time round also writes the probabilities and their sums.
-  template <bool kWrites>
-  static void collect(Row& row, float least, bool stream, float* probabilities, float* column_sum) {
-    int64_t found = 0;
+  // Appends the marked ones of the experts `first`, `first` + 1, ..
+  static void append(Row& row, int64_t first, uint64_t marked) {
+    for (; marked != 0; marked &= marked - 1) {
+      const int64_t e = first + __builtin_ctzll(marked);
+      const float value = row.exponentials[e] * row.scale;
+      row.values[row.found] = value;
+      row.numbers[row.found++] = static_cast<int32_t>(e);
+      row.mass += value;
+    }
+  }
+
+  // Collects the experts that reach `least`; the first time round also writes the probabilities and their sums. What
+  // fills the last 16 up has probability 0 and higher numbers than any expert, and comes last in every order.
+  template <bool kWrites, bool kStream>
+  static void collect(Row& row, float least, float* probabilities, float* column_sum) {
+    constexpr int kMarks = 64;
+    const Floats scale = L::broadcast(row.scale), bound = L::broadcast(least);
+    row.found = 0;
+    row.mass = 0.0f;
     Floats mass[kParts];
     for (int part = 0; part < kParts; ++part) mass[part] = L::zero();
-    for (int64_t e = 0; e < row.num_experts; e += 16) {
-      const int64_t left = row.num_experts - e;
-      Floats x[kParts];
-      for (int part = 0; part < kParts; ++part) {
-        const int64_t at = e + part * kLanes;
-        x[part] = L::mul(L::load(row.exponentials + at), L::broadcast(row.scale));
-        if constexpr (kWrites) L::store(column_sum + at, L::add(L::load(column_sum + at), x[part]));
-        found += L::append_if_at_least(x[part], L::broadcast(least), static_cast<uint32_t>(at), row.values + found,
-                                       row.numbers + found, mass[part]);
-      }
-      if constexpr (kWrites) {
-        if (stream) {
+    for (int64_t first = 0; first < row.num_experts; first += kMarks) {
+      const int width = clamped(row.num_experts - first, kMarks);
+      uint64_t marked = 0;
+      for (int i = 0; i < width; i += 16) {
+        const int64_t e = first + i;
+        Floats x[kParts];
+        for (int part = 0; part < kParts; ++part) {
+          const int64_t at = e + part * kLanes;
+          x[part] = L::mul(L::load(row.exponentials + at), scale);
+          if constexpr (kWrites) L::store(column_sum + at, L::add(L::load(column_sum + at), x[part]));
+          if constexpr (L::kCompresses) {
+            row.found += L::append_if_at_least(x[part], bound, static_cast<uint32_t>(at), row.values + row.found,
+                                               row.numbers + row.found, mass[part]);
+          } else {
+            marked |= uint64_t{L::bits(L::at_least(x[part], bound))} << (i + part * kLanes);
+          }
+        }
+        if constexpr (kStream) {
           for (int part = 0; part < kParts; ++part) L::stream(probabilities + e + part * kLanes, x[part]);
-        } else {
-          store_columns(probabilities + e, left, x);
+        } else if constexpr (kWrites) {
+          store_columns(probabilities + e, width - i, x);
         }
       }
+      if constexpr (!L::kCompresses) append(row, first, marked);
     }
-    row.found = found;
-    row.mass = L::sum_of_pairs(mass);
+    if constexpr (L::kCompresses) row.mass = L::sum_of_pairs(mass);
   }
 
   // Keys of every token's candidates; fewer are filled up with expert -1. Returns how many keys a token has.
@@ -102,7 +120,7 @@ struct Candidates {
                          const GroupScratch<L>& scratch) {
     const int64_t size = make_keys(rows, group.count, scratch.keys);
     sort_keys<L>(scratch.keys, size);
-    return take_in_order<L>(p, group.routed, size, scratch);
+    return take_in_order<L>(p, group.routed, scratch.keys, size, scratch);
   }
 };
 

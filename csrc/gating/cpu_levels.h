@@ -41,8 +41,8 @@ constexpr int64_t padded(int64_t count) { return (count + kMostLanes - 1) / kMos
 
 constexpr size_t forward_scratch_bytes(int64_t num_experts) {
   // Keys (8 bytes), candidates and the selection by rank (2 * 4 bytes each), exponentials (4 bytes), for every lane;
-  // one row of sums.
-  return static_cast<size_t>(padded(num_experts)) * (kMostLanes * (8 + 8 + 8 + 4) + 4);
+  // one row of sums, one of counts; four keys.
+  return static_cast<size_t>(padded(num_experts)) * (kMostLanes * (8 + 8 + 8 + 4) + 4 + 4) + 4 * kMostLanes * 8;
 }
 
 constexpr int64_t backward_scratch_floats(int64_t num_experts) { return kMostLanes * padded(num_experts); }

@@ -20,16 +20,24 @@ struct ForwardFew {
     Floats s, q;
   };
 
-  static void load(const GatingParams& p, const Group<L>& group, Floats (&x)[kExperts]) {
+  // kWhole: no lane and no expert is missing.
+  template <bool kWhole>
+  [[gnu::always_inline]] static void load(const GatingParams& p, const Group<L>& group, Floats (&x)[kExperts]) {
     const Floats fill = L::broadcast(-__builtin_inff());
-    const Logit* first = static_cast<const Logit*>(p.logits) + group.first_token * p.num_experts;
+    const int64_t num_experts = kWhole ? kExperts : p.num_experts;
+    const Logit* first = static_cast<const Logit*>(p.logits) + group.first_token * num_experts;
+#pragma GCC unroll 4
     for (int column = 0; column < kColumns; ++column) {
-      const int width = clamped(p.num_experts - column * L::kLanes, L::kLanes);
+      const int width = clamped(num_experts - column * L::kLanes, L::kLanes);
       Floats rows[L::kLanes];
 #pragma GCC unroll 16
       for (int lane = 0; lane < L::kLanes; ++lane) {
-        const Logit* row = first + lane * p.num_experts + column * L::kLanes;
-        rows[lane] = lane >= group.count ? fill : width == L::kLanes ? L::load(row) : L::load_or(row, width, fill);
+        const Logit* row = first + lane * num_experts + column * L::kLanes;
+        if (kWhole) {
+          rows[lane] = L::load(row);
+        } else {
+          rows[lane] = lane >= group.count ? fill : width == L::kLanes ? L::load(row) : L::load_or(row, width, fill);
+        }
       }
       L::transpose_floats(rows);
 #pragma GCC unroll 16
@@ -78,24 +86,27 @@ struct ForwardFew {
     }
   }
 
-  static void write_probabilities(const GatingParams& p, const Group<L>& group, const Floats (&x)[kExperts],
-                                  bool stream, float* column_sum) {
-    float* first = static_cast<float*>(p.probabilities) + group.first_token * p.num_experts;
+  template <bool kWhole>
+  [[gnu::always_inline]] static void write_probabilities(const GatingParams& p, const Group<L>& group,
+                                                         const Floats (&x)[kExperts], bool stream, float* column_sum) {
+    const int64_t num_experts = kWhole ? kExperts : p.num_experts;
+    float* first = static_cast<float*>(p.probabilities) + group.first_token * num_experts;
+#pragma GCC unroll 4
     for (int column = 0; column < kColumns; ++column) {
       Floats rows[L::kLanes];
 #pragma GCC unroll 16
       for (int e = 0; e < L::kLanes; ++e) rows[e] = e < kColumn ? x[column * L::kLanes + e] : L::zero();
       L::transpose_floats(rows);
-      const int width = clamped(p.num_experts - column * L::kLanes, L::kLanes);
+      const int width = clamped(num_experts - column * L::kLanes, L::kLanes);
       Floats sum = L::load(column_sum + column * L::kLanes);
 #pragma GCC unroll 16
       for (int lane = 0; lane < L::kLanes; ++lane) {
-        if (lane >= group.count) break;
+        if (!kWhole && lane >= group.count) break;
         sum = L::add(sum, rows[lane]);
-        float* row = first + lane * p.num_experts + column * L::kLanes;
+        float* row = first + lane * num_experts + column * L::kLanes;
         if (stream && kWholeLines) {
           L::stream(row, rows[lane]);
-        } else if (width == L::kLanes) {
+        } else if (kWhole || width == L::kLanes) {
           L::store(row, rows[lane]);
         } else {
           L::store_first(row, rows[lane], width);
@@ -105,11 +116,31 @@ struct ForwardFew {
     }
   }
 
-  static Group<L> forward(const GatingParams& p, const GatingChunk& chunk, int64_t token,
-                          const GroupScratch<L>& scratch) {
-    Group<L> group{token, clamped(chunk.end - token, L::kLanes), {}, 0};
+  // Few tokens need more than four experts, and the first four are found in half the comparisons of a sort.
+  static Taken<L> select(const GatingParams& p, const Group<L>& group, GroupScratch<L>& scratch) {
+    const bool may_stop = p.max_experts <= 4 || (p.is_top_p && p.top_p < 1.0);
+    if (may_stop && scratch.four_are_enough) {
+      first_four_keys<L, kExperts>(scratch.keys, scratch.first_keys);
+      const Taken<L> taken = take_in_order<L>(p, group.routed, scratch.first_keys, 4, scratch);
+      if (taken.complete) return taken;
+    }
+    sort_block<L, kExperts>(scratch.keys);
+    const Taken<L> taken = take_in_order<L>(p, group.routed, scratch.keys, kExperts, scratch);
+    scratch.four_are_enough = taken.most <= 4;
+    return taken;
+  }
+
+  static Group<L> forward(const GatingParams& p, const GatingChunk& chunk, int64_t token, GroupScratch<L>& scratch) {
+    const bool whole = kExperts % L::kLanes == 0 && p.num_experts == kExperts && chunk.end - token >= L::kLanes;
+    return whole ? forward<true>(p, chunk, token, scratch) : forward<false>(p, chunk, token, scratch);
+  }
+
+ private:
+  template <bool kWhole>
+  static Group<L> forward(const GatingParams& p, const GatingChunk& chunk, int64_t token, GroupScratch<L>& scratch) {
+    Group<L> group{token, kWhole ? L::kLanes : clamped(chunk.end - token, L::kLanes), {}, 0};
     Floats x[kExperts];
-    load(p, group, x);
+    load<kWhole>(p, group, x);
     Floats largest = x[0];
 #pragma GCC unroll 32
     for (int e = 1; e < kExperts; ++e) largest = L::max(largest, x[e]);
@@ -129,9 +160,8 @@ struct ForwardFew {
         L::store_keys(scratch.keys + e * L::kLanes + part * L::kKeyLanes, keys[part]);
       }
     }
-    write_probabilities(p, group, x, chunk.stream_probabilities, scratch.column_sum);
-    sort_block<L, kExperts>(scratch.keys);
-    write_selection<L>(p, chunk, group, take_in_order<L>(p, group.routed, kExperts, scratch), scratch);
+    write_probabilities<kWhole>(p, group, x, chunk.stream_probabilities, scratch.column_sum);
+    write_selection<L>(p, chunk, group, select(p, group, scratch), scratch);
     return group;
   }
 };

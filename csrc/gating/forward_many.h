@@ -41,15 +41,11 @@ struct ForwardMany {
     for (int i = 1; i < 16; ++i) reduced.largest = L::max(reduced.largest, reduced.columns[i]);
     alignas(64) float largest[kLanes];
     L::store(largest, reduced.largest);
+    const Floats temperature = L::broadcast(temperature_of(p.temperature));
+    const bool has_temperature = p.temperature != 1.0;
     for (int lane = 0; lane < group.count; ++lane) {
-      typename Softmax::Exponents t;
-      t.logits = logits + lane * num_experts;
-      t.num_experts = num_experts;
-      t.exponentials = scratch.exponentials + lane * stride;
-      t.largest = L::broadcast(largest[lane]);
-      t.temperature = L::broadcast(temperature_of(p.temperature));
-      t.has_temperature = p.temperature != 1.0;
-      Softmax::exponentials(t, lane, sums);
+      Softmax::exponentials(logits + lane * num_experts, num_experts, L::broadcast(largest[lane]), temperature,
+                            has_temperature, scratch.exponentials + lane * stride, lane, sums);
     }
     reduced.s = Softmax::sum_in_pairs(sums.s);
     reduced.q = Softmax::sum_in_pairs(sums.q);
@@ -124,17 +120,19 @@ struct ForwardMany {
         continue;
       }
       prefetch_logits(p, chunk, group.first_token + kLanes + lane);
-      Candidates<L>::template collect<true>(rows[lane], leasts[lane], chunk.stream_probabilities, probabilities,
-                                            scratch.column_sum);
+      if (chunk.stream_probabilities) {
+        Candidates<L>::template collect<true, true>(rows[lane], leasts[lane], probabilities, scratch.column_sum);
+      } else {
+        Candidates<L>::template collect<true, false>(rows[lane], leasts[lane], probabilities, scratch.column_sum);
+      }
       for (int tries = 0; rows[lane].mass < enough && rows[lane].found < p.max_experts; ++tries) {
         leasts[lane] = tries < 6 ? leasts[lane] * 0.75f : 0.0f;
-        Candidates<L>::template collect<false>(rows[lane], leasts[lane], false, nullptr, nullptr);
+        Candidates<L>::template collect<false, false>(rows[lane], leasts[lane], nullptr, nullptr);
       }
     }
   }
 
-  static Group<L> forward(const GatingParams& p, const GatingChunk& chunk, int64_t token,
-                          const GroupScratch<L>& scratch) {
+  static Group<L> forward(const GatingParams& p, const GatingChunk& chunk, int64_t token, GroupScratch<L>& scratch) {
     Group<L> group{token, clamped(chunk.end - token, kLanes), {}, 0};
     Reduced reduced = reduce(p, group, scratch);
     const Floats scale = finish_softmax<L>(p, reduced.largest, reduced.s, reduced.q, group);
@@ -143,7 +141,7 @@ struct ForwardMany {
     Taken<L> taken = Candidates<L>::select(p, group, rows, scratch);
     if (!taken.complete) {  // the mass was there, but added up in another order
       for (int lane = 0; lane < group.count; ++lane) {
-        Candidates<L>::template collect<false>(rows[lane], 0.0f, false, nullptr, nullptr);
+        Candidates<L>::template collect<false, false>(rows[lane], 0.0f, nullptr, nullptr);
       }
       taken = Candidates<L>::select(p, group, rows, scratch);
     }

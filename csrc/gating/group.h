@@ -20,6 +20,10 @@ struct GroupScratch {
   int32_t* numbers;     // [lanes][padded E] experts of candidates
   float* exponentials;  // [lanes][padded E]
   float* column_sum;    // [padded E] of up to kTokensPerSum tokens
+  int32_t* counts;      // [padded E] tokens of each expert; [E] counts what is unused
+  double* first_keys;   // [4][lanes]
+  // Whether a token is likely to need no more than four experts: how it was in the last group.
+  bool four_are_enough = true;
 
   GroupScratch(char* scratch, int64_t num_experts) {
     const int64_t size = padded(num_experts) * L::kLanes;
@@ -30,6 +34,12 @@ struct GroupScratch {
     numbers = reinterpret_cast<int32_t*>(values + size);
     exponentials = reinterpret_cast<float*>(numbers + size);
     column_sum = exponentials + size;
+    counts = reinterpret_cast<int32_t*>(column_sum + padded(num_experts));
+    first_keys = reinterpret_cast<double*>(counts + padded(num_experts));
+    for (int64_t e = 0; e < padded(num_experts); ++e) {
+      column_sum[e] = 0.0f;
+      counts[e] = 0;
+    }
   }
 };
 
@@ -60,6 +70,13 @@ uint32_t unmasked_bits(const GatingParams& p, int64_t first_token, int count) {
   return bits;
 }
 
+// One value of each token of a group.
+template <class L>
+void store_by_token(void* buffer, const Group<L>& group, typename L::Floats v) {
+  float* p = static_cast<float*>(buffer) + group.first_token;
+  group.count == L::kLanes ? L::store(p, v) : L::store_first(p, v, group.count);
+}
+
 // From the largest logit m of each token, s = sum exp(-d) and q = sum d exp(-d), d = (m - logit) / temperature:
 // writes logsumexp = m / temperature + log s and entropy = log s + q / s, a sum of terms that are not negative.
 // Returns 1 / s, and 0 for a token that gets no expert.
@@ -78,10 +95,8 @@ typename L::Floats finish_softmax(const GatingParams& p, typename L::Floats m, t
   const auto entropy = L::fma(q, scale, log_s);
   const auto largest = p.temperature == 1.0 ? m : L::div(m, L::broadcast(temperature_of(p.temperature)));
   const auto otherwise = L::select(L::lanes(group.non_finite), L::broadcast(__builtin_nanf("")), zero);
-  L::store_first(static_cast<float*>(p.entropy) + group.first_token, L::select(group.routed, entropy, otherwise),
-                 group.count);
-  L::store_first(static_cast<float*>(p.logsumexp) + group.first_token,
-                 L::select(group.routed, L::add(largest, log_s), otherwise), group.count);
+  store_by_token<L>(p.entropy, group, L::select(group.routed, entropy, otherwise));
+  store_by_token<L>(p.logsumexp, group, L::select(group.routed, L::add(largest, log_s), otherwise));
   return L::select(group.routed, scale, zero);
 }
 

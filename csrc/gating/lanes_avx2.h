@@ -7,20 +7,6 @@
 namespace dynamic_moe {
 namespace {
 
-// The numbers of the bits that are set in each byte, ascending: AVX2 has no instruction that moves lanes together.
-struct SetBits {
-  uint8_t of[256][8] = {};
-
-  constexpr SetBits() {
-    for (int byte = 0; byte < 256; ++byte) {
-      for (int bit = 0, count = 0; bit < 8; ++bit) {
-        if ((byte >> bit & 1) != 0) of[byte][count++] = static_cast<uint8_t>(bit);
-      }
-    }
-  }
-};
-alignas(64) constexpr SetBits kSetBits{};
-
 struct Avx2Lanes : Avx2 {
   using Mask = __m256;
 
@@ -34,6 +20,18 @@ struct Avx2Lanes : Avx2 {
   static Words lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   static Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
   static Floats square_root(Floats v) { return _mm256_sqrt_ps(v); }
+  // One factor does where the power is a normal number, which is nearly everywhere.
+  template <int kCount>
+  [[gnu::always_inline]] static void scale_by_powers_of_two(Floats (&a)[kCount], const Floats (&n)[kCount],
+                                                            const Floats (&biased)[kCount]) {
+    Floats least = n[0];
+    for (int i = 1; i < kCount; ++i) least = min(least, n[i]);
+    if (bits(at_least(least, broadcast(-126.0f))) == 0xff) [[likely]] {
+      for (int i = 0; i < kCount; ++i) a[i] = mul(a[i], as_floats(shift_left(as_words(biased[i]), 23)));
+    } else {
+      for (int i = 0; i < kCount; ++i) a[i] = scale_by_power_of_two(a[i], n[i]);
+    }
+  }
 
   static Mask first_lanes(int count) { return as_floats(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane_numbers())); }
   static Mask lanes(uint32_t bits) {
@@ -70,6 +68,21 @@ struct Avx2Lanes : Avx2 {
     for (int i = 0; i < 8; ++i) r[i] = _mm256_castsi256_ps(w[i]);
   }
 
+  // r[i] is column i of eight rows of four; after it, rows i and i + 4.
+  static void transpose_fours(Words (&r)[4]) {
+    const Words a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
+    const Words c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
+    r[0] = _mm256_unpacklo_epi64(a, c);
+    r[1] = _mm256_unpackhi_epi64(a, c);
+    r[2] = _mm256_unpacklo_epi64(b, d);
+    r[3] = _mm256_unpackhi_epi64(b, d);
+  }
+  // The first or the second four of v, then `rest`.
+  static Words four_and_rest(Words v, bool second, Words rest) {
+    if (second) v = _mm256_castsi128_si256(_mm256_extracti128_si256(v, 1));
+    return _mm256_blend_epi32(v, rest, 0xf0);
+  }
+
   static float sum_of_pairs(const Floats (&v)[2]) {
     const Floats pairs = _mm256_hadd_ps(v[0], v[1]);    // 01 23 89 1011 | 45 67 1213 1415
     const Floats fours = _mm256_hadd_ps(pairs, pairs);  // 0-3 8-11 .. | 4-7 12-15 ..
@@ -77,16 +90,7 @@ struct Avx2Lanes : Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(eights, _mm_movehdup_ps(eights)));
   }
 
-  static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers,
-                                Floats& sum) {
-    const Mask reaches = at_least(v, least);
-    sum = _mm256_add_ps(sum, _mm256_and_ps(reaches, v));
-    const uint32_t kept = bits(reaches);
-    const Words lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.of[kept])));
-    _mm256_storeu_ps(values, _mm256_permutevar8x32_ps(v, lanes));
-    store_words(numbers, add_words(lanes, broadcast_word(first_number)));
-    return __builtin_popcount(kept);
-  }
+  static constexpr bool kCompresses = false;  // no instruction moves chosen lanes together
 
   using Keys = __m256d;
   static constexpr int kKeyParts = 2;

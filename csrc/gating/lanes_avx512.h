@@ -20,6 +20,13 @@ struct Avx512Lanes : Avx512 {
   static Words lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats square_root(Floats v) { return _mm512_sqrt_ps(v); }
+  // a[i] 2^n[i] for whole n[i] in [-252, 0], or NaN; the last nine bits of biased[i] are n[i] + 127.
+  template <int kCount>
+  [[gnu::always_inline]] static void scale_by_powers_of_two(Floats (&a)[kCount], const Floats (&n)[kCount],
+                                                            const Floats (& /*biased*/)[kCount]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) a[i] = scale_by_power_of_two(a[i], n[i]);
+  }
 
   static Mask first_lanes(int count) { return first(count); }
   static Mask lanes(uint32_t bits) { return static_cast<Mask>(bits); }
@@ -62,6 +69,7 @@ struct Avx512Lanes : Avx512 {
     return _mm512_cvtss_f32(_mm512_add_ps(s, _mm512_shuffle_f32x4(s, s, 0x4e)));
   }
 
+  static constexpr bool kCompresses = true;  // has append_if_at_least()
   // Appends the values that reach `least`, with their numbers counted from `first_number`; returns how many, and adds
   // them to `sum`. Writes a whole vector at either pointer.
   static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers,

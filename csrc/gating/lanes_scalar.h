@@ -59,6 +59,11 @@ struct SingleLane : ScalarLane {
     const int32_t half = whole >> 1;
     return a * power_of_two(half) * power_of_two(whole - half);
   }
+  template <int kCount>
+  static void scale_by_powers_of_two(Floats (&a)[kCount], const Floats (&n)[kCount],
+                                     const Floats (& /*biased*/)[kCount]) {
+    for (int i = 0; i < kCount; ++i) a[i] = scale_by_power_of_two(a[i], n[i]);
+  }
 
   static Mask first_lanes(int count) { return count > 0; }
   static Mask lanes(uint32_t bits) { return bits & 1; }
@@ -91,6 +96,7 @@ struct SingleLane : ScalarLane {
     return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
   }
 
+  static constexpr bool kCompresses = true;
   static int append_if_at_least(Floats v, Floats least, uint32_t first_number, float* values, int32_t* numbers,
                                 Floats& sum) {
     *values = v;

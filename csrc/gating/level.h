@@ -12,8 +12,7 @@ namespace {
 
 template <class L, class Forward>
 int64_t forward_chunk(const GatingParams& p, const GatingChunk& chunk) {
-  const GroupScratch<L> scratch(chunk.scratch, p.num_experts);
-  for (int64_t e = 0; e < padded(p.num_experts); ++e) scratch.column_sum[e] = 0.0f;
+  GroupScratch<L> scratch(chunk.scratch, p.num_experts);
   int64_t non_finite = 0;
   for (int64_t first = chunk.begin; first < chunk.end; first += kTokensPerSum) {
     const int64_t last = first + kTokensPerSum < chunk.end ? first + kTokensPerSum : chunk.end;
@@ -25,6 +24,7 @@ int64_t forward_chunk(const GatingParams& p, const GatingChunk& chunk) {
     }
     add_column_sums(chunk, scratch.column_sum, p.num_experts);
   }
+  for (int32_t e = 0; e < p.num_experts; ++e) chunk.tokens_per_expert[e] += scratch.counts[e];
   L::fence();
   return non_finite;
 }

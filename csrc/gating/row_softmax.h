@@ -20,8 +20,8 @@ struct RowSoftmax {
   static void load_columns(const Logit* row, int64_t left, Floats (&x)[kParts]) {
     const Floats fill = L::broadcast(-__builtin_inff());
     for (int part = 0; part < kParts; ++part) {
-      x[part] = left >= 16 ? L::load(row + part * kLanes)
-                           : L::load_or(row + part * kLanes, clamped(left - part * kLanes, kLanes), fill);
+      const int width = clamped(left - part * kLanes, kLanes);
+      x[part] = width == kLanes ? L::load(row + part * kLanes) : L::load_or(row + part * kLanes, width, fill);
     }
   }
 
@@ -67,60 +67,58 @@ struct RowSoftmax {
     return L::min(L::broadcast(kLargestExponent), d);
   }
 
-  // One token, in the pass that turns its logits into exponentials.
-  struct Exponents {
-    const Logit* logits;
-    int64_t num_experts;
-    float* exponentials;
-    Floats largest, temperature;
-    bool has_temperature;
+  // One token's sums so far, in the pass that turns its logits into exponentials.
+  struct Columns {
     Floats s[kParts], q[kParts], q2[kParts];
   };
 
-  // Experts e to e + 16 kChunks - 1.
+  // 16 kChunks experts, of which `left` are there.
   template <int kChunks>
-  [[gnu::always_inline]] static void exponentials(Exponents& t, int64_t e) {
+  [[gnu::always_inline]] static void exponentials(const Logit* logits, int64_t left, Floats largest, Floats temperature,
+                                                  bool has_temperature, float* result, Columns& columns) {
     constexpr int kCount = kChunks * kParts;
-    Floats d[kCount], result[kCount];
+    Floats d[kCount], y[kCount];
 #pragma GCC unroll 4
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       Floats x[kParts];
-      load_columns(t.logits + e + chunk * 16, t.num_experts - e - chunk * 16, x);
-      for (int part = 0; part < kParts; ++part) d[chunk * kParts + part] = L::sub(t.largest, x[part]);
+      load_columns(logits + chunk * 16, left - chunk * 16, x);
+      for (int part = 0; part < kParts; ++part) {
+        d[chunk * kParts + part] = distance(largest, x[part], temperature, has_temperature);
+      }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      if (t.has_temperature) d[i] = L::div(d[i], t.temperature);
-      d[i] = L::min(L::broadcast(kLargestExponent), d[i]);
-    }
-    exp_of_negative<L, kCount>(d, result);
+    exp_of_negative<L, kCount>(d, y);
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) {
       const int part = i % kParts;
-      t.s[part] = L::add(t.s[part], result[i]);
-      const Floats product = L::mul(result[i], d[i]);
-      t.q[part] = L::add(t.q[part], product);
-      t.q2[part] = L::fma(product, d[i], t.q2[part]);
-      L::store(t.exponentials + e + i * kLanes, result[i]);  // scratch is padded
+      const Floats product = L::mul(y[i], d[i]);
+      columns.s[part] = L::add(columns.s[part], y[i]);
+      columns.q[part] = L::add(columns.q[part], product);
+      columns.q2[part] = L::fma(product, d[i], columns.q2[part]);
+      L::store(result + i * kLanes, y[i]);  // scratch is padded
     }
   }
 
-  static void exponentials(Exponents& t, int lane, Sums& sums) {
-    for (int part = 0; part < kParts; ++part) t.s[part] = t.q[part] = t.q2[part] = L::zero();
+  static void exponentials(const Logit* logits, int64_t num_experts, Floats largest, Floats temperature,
+                           bool has_temperature, float* result, int lane, Sums& sums) {
+    Columns columns;
+    for (int part = 0; part < kParts; ++part) columns.s[part] = columns.q[part] = columns.q2[part] = L::zero();
     int64_t e = 0;
     if constexpr (kParts <= 2) {
-      constexpr int kChunks = 4 / kParts;
-      for (; e + (kChunks - 1) * 16 < t.num_experts; e += kChunks * 16) exponentials<kChunks>(t, e);
-      if (kChunks > 2 && e + 16 < t.num_experts) {
-        exponentials<2>(t, e);
+      for (; e + 48 < num_experts; e += 64) {
+        exponentials<4>(logits + e, num_experts - e, largest, temperature, has_temperature, result + e, columns);
+      }
+      if (e + 16 < num_experts) {
+        exponentials<2>(logits + e, num_experts - e, largest, temperature, has_temperature, result + e, columns);
         e += 32;
       }
     }
-    for (; e < t.num_experts; e += 16) exponentials<1>(t, e);
+    for (; e < num_experts; e += 16) {
+      exponentials<1>(logits + e, num_experts - e, largest, temperature, has_temperature, result + e, columns);
+    }
     for (int part = 0; part < kParts; ++part) {
-      L::store(&sums.s[lane][part * kLanes], t.s[part]);
-      L::store(&sums.q[lane][part * kLanes], t.q[part]);
-      L::store(&sums.q2[lane][part * kLanes], t.q2[part]);
+      L::store(&sums.s[lane][part * kLanes], columns.s[part]);
+      L::store(&sums.q[lane][part * kLanes], columns.q[part]);
+      L::store(&sums.q2[lane][part * kLanes], columns.q2[part]);
     }
   }
 };

@@ -20,6 +20,19 @@ void sort_block(double* keys) {
   }
 }
 
+// The four largest of kSize keys, largest first.
+template <class L, int kSize>
+void first_four_keys(const double* keys, double* four) {
+  for (int part = 0; part < L::kKeyParts; ++part) {
+    typename L::Keys v[kSize];
+#pragma GCC unroll 32
+    for (int i = 0; i < kSize; ++i) v[i] = L::load_keys(keys + i * L::kLanes + part * L::kKeyLanes);
+    first_four<L>(v);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) L::store_keys(four + i * L::kLanes + part * L::kKeyLanes, v[i]);
+  }
+}
+
 // `size` is a multiple of 16.
 template <class L>
 void sort_keys(double* keys, int64_t size) {
@@ -43,10 +56,11 @@ struct Taken {
   typename L::Floats mass;  // of each token
 };
 
-// Fills scratch.ids and scratch.weights with the experts taken from sorted keys [size][lanes]; unused keys hold the
+// Fills scratch.ids and scratch.weights with the experts taken from `sorted` keys [size][lanes]; unused keys hold the
 // expert -1.
 template <class L>
-Taken<L> take_in_order(const GatingParams& p, typename L::Mask routed, int64_t size, const GroupScratch<L>& scratch) {
+Taken<L> take_in_order(const GatingParams& p, typename L::Mask routed, const double* sorted, int64_t size,
+                       const GroupScratch<L>& scratch) {
   const bool stops = p.is_top_p && p.top_p < 1.0;
   const auto top_p = L::broadcast(static_cast<float>(p.top_p));
   const auto unused = L::broadcast_word(static_cast<uint32_t>(p.num_experts));
@@ -57,7 +71,7 @@ Taken<L> take_in_order(const GatingParams& p, typename L::Mask routed, int64_t s
     if (rank == size) return {false, rank, mass};
     typename L::Keys keys[L::kKeyParts];
     for (int part = 0; part < L::kKeyParts; ++part) {
-      keys[part] = L::load_keys(scratch.keys + rank * L::kLanes + part * L::kKeyLanes);
+      keys[part] = L::load_keys(sorted + rank * L::kLanes + part * L::kKeyLanes);
     }
     typename L::Floats probability;
     typename L::Words expert;
@@ -74,27 +88,51 @@ Taken<L> take_in_order(const GatingParams& p, typename L::Mask routed, int64_t s
   return {true, rank, mass};
 }
 
+template <class L, bool kStream>
+[[gnu::always_inline]] inline void write_words(int32_t* p, typename L::Words v) {
+  kStream ? L::stream_words(p, v) : L::store_words(p, v);
+}
+
 // row[i] = fill for first <= i < k.
-template <class L>
-void fill_row(int64_t first, int64_t k, typename L::Words fill, bool stream, int32_t* row) {
+template <class L, bool kStream>
+[[gnu::always_inline]] inline void fill_row(int64_t first, int64_t k, typename L::Words fill, int32_t* row) {
   int64_t i = first;
-  for (; i + L::kLanes <= k; i += L::kLanes) {
-    stream ? L::stream_words(row + i, fill) : L::store_words(row + i, fill);
-  }
+  for (; i + L::kLanes <= k; i += L::kLanes) write_words<L, kStream>(row + i, fill);
   if (i < k) L::store_words_first(row + i, fill, static_cast<int>(k - i));
+}
+
+// write_rows() for at most four ranks, where k >= kLanes.
+template <class L, bool kStream>
+void write_rows_of_four(const int32_t* by_rank, int64_t num_ranks, typename L::Words fill, int count, int64_t k,
+                        int32_t* rows) {
+  typename L::Words block[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) block[i] = i < num_ranks ? L::load_words(by_rank + i * L::kLanes) : fill;
+  L::transpose_fours(block);
+#pragma GCC unroll 8
+  for (int lane = 0; lane < L::kLanes; ++lane) {
+    if (lane >= count) break;
+    int32_t* const row = rows + lane * k;
+    write_words<L, kStream>(row, L::four_and_rest(block[lane % 4], lane >= 4, fill));
+    fill_row<L, kStream>(L::kLanes, k, fill, row);
+  }
 }
 
 // rows[lane][k] = by_rank[k][lane] for k < num_ranks, `fill` for the rest of the K. What is written around the cache is
 // written from left to right, so that whole lines go to memory.
-template <class L>
-void write_rows(const void* by_rank, int64_t num_ranks, typename L::Words fill, int count, int64_t k, bool stream,
+template <class L, bool kStream>
+void write_rows(const int32_t* by_rank, int64_t num_ranks, typename L::Words fill, int count, int64_t k,
                 int32_t* rows) {
+  if constexpr (L::kLanes == 8) {
+    if (num_ranks <= 4 && k >= L::kLanes) {
+      return write_rows_of_four<L, kStream>(by_rank, num_ranks, fill, count, k, rows);
+    }
+  }
   for (int64_t rank = 0; rank < k;) {
     typename L::Words block[L::kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < L::kLanes; ++i) {
-      block[i] =
-          rank + i < num_ranks ? L::load_words(static_cast<const int32_t*>(by_rank) + (rank + i) * L::kLanes) : fill;
+      block[i] = rank + i < num_ranks ? L::load_words(by_rank + (rank + i) * L::kLanes) : fill;
     }
     L::transpose(block);
     const int width = clamped(k - rank, L::kLanes);
@@ -103,39 +141,42 @@ void write_rows(const void* by_rank, int64_t num_ranks, typename L::Words fill, 
     for (int lane = 0; lane < L::kLanes; ++lane) {
       if (lane >= count) break;
       int32_t* const row = rows + lane * k;
-      if (stream) {
-        L::stream_words(row + rank, block[lane]);
-      } else if (width == L::kLanes) {
-        L::store_words(row + rank, block[lane]);
+      if (kStream || width == L::kLanes) {
+        write_words<L, kStream>(row + rank, block[lane]);
       } else {
         L::store_words_first(row + rank, block[lane], width);
       }
-      if (last) fill_row<L>(rank + L::kLanes, k, fill, stream, row);
+      if (last) fill_row<L, kStream>(rank + L::kLanes, k, fill, row);
     }
     rank = last ? k : rank + L::kLanes;
   }
 }
 
+template <class L, bool kStream>
+void write_ids_and_weights(const GatingParams& p, const Group<L>& group, int64_t num_ranks,
+                           const GroupScratch<L>& scratch) {
+  const auto unused = L::broadcast_word(static_cast<uint32_t>(p.num_experts));
+  const int64_t offset = group.first_token * p.max_experts;
+  write_rows<L, kStream>(scratch.ids, num_ranks, unused, group.count, p.max_experts, p.expert_ids + offset);
+  write_rows<L, kStream>(reinterpret_cast<const int32_t*>(scratch.weights), num_ranks, L::broadcast_word(0),
+                         group.count, p.max_experts, static_cast<int32_t*>(p.expert_weights) + offset);
+}
+
 template <class L>
 void write_selection(const GatingParams& p, const GatingChunk& chunk, const Group<L>& group, const Taken<L>& taken,
                      const GroupScratch<L>& scratch) {
-  const auto unused = L::broadcast_word(static_cast<uint32_t>(p.num_experts));
   const auto mass = L::select(group.routed, taken.mass, L::broadcast(1.0f));
   for (int64_t rank = 0; rank < taken.most; ++rank) {
     const int32_t* ids = scratch.ids + rank * L::kLanes;
-    for (uint32_t left = L::bits(L::negative(L::sub_words(L::load_words(ids), unused))); left != 0; left &= left - 1) {
-      ++chunk.tokens_per_expert[ids[__builtin_ctz(left)]];
-    }
+#pragma GCC unroll 16
+    for (int lane = 0; lane < L::kLanes; ++lane) ++scratch.counts[ids[lane]];  // not asking which are used: no branches
     if (p.renormalize) {
       float* weights = scratch.weights + rank * L::kLanes;
       L::store(weights, L::div(L::load(weights), mass));
     }
   }
-  const int64_t offset = group.first_token * p.max_experts;
-  write_rows<L>(scratch.ids, taken.most, unused, group.count, p.max_experts, chunk.stream_selection,
-                p.expert_ids + offset);
-  write_rows<L>(scratch.weights, taken.most, L::broadcast_word(0), group.count, p.max_experts, chunk.stream_selection,
-                static_cast<int32_t*>(p.expert_weights) + offset);
+  chunk.stream_selection ? write_ids_and_weights<L, true>(p, group, taken.most, scratch)
+                         : write_ids_and_weights<L, false>(p, group, taken.most, scratch);
 }
 
 }  // namespace

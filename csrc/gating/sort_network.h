@@ -54,6 +54,34 @@ template <class Order, int kSize, class Value>
   sort_unrolled<Order>(v, std::make_integer_sequence<int, kSortNetwork<kSize>.count>{});
 }
 
+// The four largest of kSize values, largest first, in v[0] to v[3]; the others are lost. kSize is four times a power of
+// two. Sorts fours and merges them in pairs: of sorted fours a and b, the larger of a[i] and b[3 - i] are the four
+// largest, first falling and then rising or the other way round, which four more comparisons sort (Batcher's bitonic
+// merge, in the same place).
+template <class Order, int kSize, class Value>
+[[gnu::always_inline]] inline void first_four(Value (&v)[kSize]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kSize; i += 4) {
+    put_larger_first<Order>(v[i], v[i + 1]);
+    put_larger_first<Order>(v[i + 2], v[i + 3]);
+    put_larger_first<Order>(v[i], v[i + 2]);
+    put_larger_first<Order>(v[i + 1], v[i + 3]);
+    put_larger_first<Order>(v[i + 1], v[i + 2]);
+  }
+#pragma GCC unroll 4
+  for (int step = 4; step < kSize; step *= 2) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSize; i += 2 * step) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) v[i + j] = Order::larger(v[i + j], v[i + step + 3 - j]);
+      put_larger_first<Order>(v[i], v[i + 2]);
+      put_larger_first<Order>(v[i + 1], v[i + 3]);
+      put_larger_first<Order>(v[i], v[i + 1]);
+      put_larger_first<Order>(v[i + 2], v[i + 3]);
+    }
+  }
+}
+
 // Merges sorted runs of `run` (a power of two) into one list of `size`; compare(i, j) puts the larger at i.
 template <class Compare>
 inline void merge_sorted_runs(int64_t run, int64_t size, const Compare& compare) {

@@ -98,9 +98,10 @@ struct Avx2 {
       r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
       r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
+    // Not permute2x128: where vector units are 128 bits wide it is eight operations.
     for (int i = 0; i < 4; ++i) {
-      t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
-      t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+      t[i] = _mm256_inserti128_si256(r[i], _mm256_castsi256_si128(r[i + 4]), 1);
+      t[i + 4] = _mm256_blend_epi32(r[i + 4], _mm256_castsi128_si256(_mm256_extracti128_si256(r[i], 1)), 0x0f);
     }
     for (int i = 0; i < 8; ++i) r[i] = t[i];
   }
