@@ -18,9 +18,12 @@ struct ScalarLane {
   static Floats zero() { return 0.0f; }
   static Floats broadcast(float value) { return value; }
 
+  // At any address, as on the vector levels: packed weights are bytes and may begin anywhere.
   template <class T>
   static Floats load(const T* p) {
-    return to_float(*p);
+    T value;
+    __builtin_memcpy(&value, p, sizeof value);
+    return to_float(value);
   }
   template <class T>
   static void load_two(const T* p, Floats& first, Floats& second) {
@@ -34,7 +37,8 @@ struct ScalarLane {
   }
   template <class T>
   static void store(T* p, Floats v) {
-    *p = from_float<T>(v);
+    const T value = from_float<T>(v);
+    __builtin_memcpy(p, &value, sizeof value);
   }
   static void store_words(void* p, Words v) { __builtin_memcpy(p, &v, sizeof v); }
 
