@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The expert pass, by everybody who is there; each is checked against the Python loop before it is timed."""
+"""The expert pass, by everybody who is there; each is checked against the Python loop in float32 before it is timed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,7 +32,7 @@ def open_experts(case: Case, wanted: set[str] | None) -> Opened:
         Names of peers. Default: all.
     """
     problem = make_problem(case.shape, case.dtype, case.num_tokens, case.training)
-    expected = TorchLoop().prepare(problem)(problem.batches[0])
+    expected = _expected(problem)
     weights = _fingerprint(problem)
     opened = Opened(facts={"rows": problem.num_rows, "batches": len(problem.batches)})
     for peer_class in PEERS:
@@ -40,6 +41,22 @@ def open_experts(case: Case, wanted: set[str] | None) -> Opened:
             if _fingerprint(problem) != weights:
                 raise RuntimeError(f"{peer_class.name} changed the weights that all peers share")
     return opened
+
+
+def _expected(problem: Problem) -> Outputs:
+    """The first batch in float32: more exact, and without AVX-512 much faster, than bfloat16."""
+    batch = problem.batches[0]
+    batch = replace(
+        batch, x=batch.x.float(), dy=batch.dy.float(), pair_x=batch.pair_x.float(), pair_dy=batch.pair_dy.float()
+    )
+    exact = replace(
+        problem,
+        dtype=torch.float32,
+        gate_up_proj=problem.gate_up_proj.float(),
+        down_proj=problem.down_proj.float(),
+        batches=[batch],
+    )
+    return TorchLoop().prepare(exact)(batch)
 
 
 def open_sweep(case: Case) -> Opened:
