@@ -9,8 +9,8 @@ from functools import cache
 from benchmarks.compile import HERE, compile_shared_library
 
 MEBIBYTE = 1 << 20
-# OpenMP's threads wait for the next region in a loop before they sleep, and would share the cores with what is measured:
-# right after a matrix product two cores reached 44 of 80 GFLOP/s.
+# OpenMP's threads wait for the next region in a loop before they sleep, and would share the cores with what is
+# measured: right after a matrix product two cores reached 44 of 80 GFLOP/s.
 SPIN_SECONDS = 0.3
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-Wno-psabi"]
 
