@@ -120,11 +120,11 @@ struct ForwardFew {
   static Taken<L> select(const GatingParams& p, const Group<L>& group, GroupScratch<L>& scratch) {
     const bool may_stop = p.max_experts <= 4 || (p.is_top_p && p.top_p < 1.0);
     if (may_stop && scratch.four_are_enough) {
-      first_four_keys<L, kExperts>(scratch.keys, scratch.first_keys);
+      sort_block<L, kExperts, 4>(scratch.keys, scratch.first_keys);
       const Taken<L> taken = take_in_order<L>(p, group.routed, scratch.first_keys, 4, scratch);
       if (taken.complete) return taken;
     }
-    sort_block<L, kExperts>(scratch.keys);
+    sort_block<L, kExperts>(scratch.keys, scratch.keys);
     const Taken<L> taken = take_in_order<L>(p, group.routed, scratch.keys, kExperts, scratch);
     scratch.four_are_enough = taken.most <= 4;
     return taken;

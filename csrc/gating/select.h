@@ -8,36 +8,29 @@
 namespace dynamic_moe {
 namespace {
 
-template <class L, int kSize>
-void sort_block(double* keys) {
+// The kFirst largest of kSize keys, largest first: all of them, or four. `sorted` may be `keys`.
+template <class L, int kSize, int kFirst = kSize>
+void sort_block(const double* keys, double* sorted) {
+  static_assert(kFirst == kSize || kFirst == 4);
   for (int part = 0; part < L::kKeyParts; ++part) {
     typename L::Keys v[kSize];
 #pragma GCC unroll 32
     for (int i = 0; i < kSize; ++i) v[i] = L::load_keys(keys + i * L::kLanes + part * L::kKeyLanes);
-    sort_in_registers<L>(v);
+    if constexpr (kFirst == kSize) {
+      sort_in_registers<L>(v);
+    } else {
+      first_four<L>(v);
+    }
 #pragma GCC unroll 32
-    for (int i = 0; i < kSize; ++i) L::store_keys(keys + i * L::kLanes + part * L::kKeyLanes, v[i]);
-  }
-}
-
-// The four largest of kSize keys, largest first.
-template <class L, int kSize>
-void first_four_keys(const double* keys, double* four) {
-  for (int part = 0; part < L::kKeyParts; ++part) {
-    typename L::Keys v[kSize];
-#pragma GCC unroll 32
-    for (int i = 0; i < kSize; ++i) v[i] = L::load_keys(keys + i * L::kLanes + part * L::kKeyLanes);
-    first_four<L>(v);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) L::store_keys(four + i * L::kLanes + part * L::kKeyLanes, v[i]);
+    for (int i = 0; i < kFirst; ++i) L::store_keys(sorted + i * L::kLanes + part * L::kKeyLanes, v[i]);
   }
 }
 
 // `size` is a multiple of 16.
 template <class L>
 void sort_keys(double* keys, int64_t size) {
-  if (size == 32) return sort_block<L, 32>(keys);
-  for (int64_t i = 0; i < size; i += 16) sort_block<L, 16>(keys + i * L::kLanes);
+  if (size == 32) return sort_block<L, 32>(keys, keys);
+  for (int64_t i = 0; i < size; i += 16) sort_block<L, 16>(keys + i * L::kLanes, keys + i * L::kLanes);
   merge_sorted_runs(16, size, [keys](int64_t i, int64_t j) {
     for (int part = 0; part < L::kKeyParts; ++part) {
       double* first = keys + i * L::kLanes + part * L::kKeyLanes;

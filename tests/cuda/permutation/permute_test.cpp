@@ -64,18 +64,24 @@ TEST(CudaPermute, SortsByExpertThenByToken) {
   EXPECT_THAT(p.slot_row, ElementsAre(2, 0, 3, -1, -1, -1, 1, 4));
 }
 
-// Every pair of two of the three occurs: all three together take minutes under ThreadSanitizer.
 TEST(CudaPermute, IsTheStableSortForAnyShape) {
   constexpr int32_t kExperts[] = {1, 2, 3, 8, 16, 31, 33, 64, 100, 128, 256, 1000, 1024};
   constexpr int32_t kMaxExperts[] = {1, 2, 7, 8, 16, 40};
   constexpr double kUsed[] = {0.0, 0.1, 0.7, 1.0};
   for (size_t i = 0; i < std::size(kExperts); ++i) {
     for (size_t j = 0; j < std::size(kMaxExperts); ++j) {
-      const int32_t num_experts = kExperts[i], max_experts = kMaxExperts[j];
-      const double used = kUsed[(i + j) % std::size(kUsed)];
-      SCOPED_TRACE(::testing::Message() << "E " << num_experts << " K " << max_experts << " used " << used);
-      const auto ids = random_ids(53 * max_experts, num_experts, used, 1);
-      EXPECT_EQ(permute(ids, max_experts, num_experts, used < 0.5), stable_permutation(ids, max_experts, num_experts));
+      for (size_t k = 0; k < std::size(kUsed); ++k) {
+#ifdef __SANITIZE_THREAD__
+        if (k != (i + j) % std::size(kUsed))
+          continue;  // every pair of two of the three: all take more than six minutes
+#endif
+        const int32_t num_experts = kExperts[i], max_experts = kMaxExperts[j];
+        const double used = kUsed[k];
+        SCOPED_TRACE(::testing::Message() << "E " << num_experts << " K " << max_experts << " used " << used);
+        const auto ids = random_ids(53 * max_experts, num_experts, used, 1);
+        EXPECT_EQ(permute(ids, max_experts, num_experts, used < 0.5),
+                  stable_permutation(ids, max_experts, num_experts));
+      }
     }
   }
 }
