@@ -161,7 +161,7 @@ struct ForwardFew {
       }
     }
     write_probabilities<kWhole>(p, group, x, chunk.stream_probabilities, scratch.column_sum);
-    write_selection<L>(p, chunk, group, select(p, group, scratch), scratch);
+    write_selection<L, false>(p, chunk, group, select(p, group, scratch), scratch);
     return group;
   }
 };

@@ -16,6 +16,7 @@ struct ForwardMany {
   using Softmax = RowSoftmax<L, Logit>;
   using Rows = typename Candidates<L>::Row[L::kLanes];
   static constexpr int kLanes = L::kLanes;
+  static constexpr bool kWritesLate = kLanes == 16;  // one store is a whole line; with halves it takes longer
 
   // What the passes over the logits leave, a token in each lane.
   struct Reduced {
@@ -23,7 +24,7 @@ struct ForwardMany {
     Floats largest, s, q, q2;
   };
 
-  static Reduced reduce(const GatingParams& p, const Group<L>& group, const GroupScratch<L>& scratch) {
+  static Reduced reduce(const GatingParams& p, const Group<L>& group, GroupScratch<L>& scratch) {
     const int64_t num_experts = p.num_experts, stride = padded(num_experts);
     const Logit* logits = static_cast<const Logit*>(p.logits) + group.first_token * num_experts;
     Reduced reduced;
@@ -46,7 +47,10 @@ struct ForwardMany {
     for (int lane = 0; lane < group.count; ++lane) {
       Softmax::exponentials(logits + lane * num_experts, num_experts, L::broadcast(largest[lane]), temperature,
                             has_temperature, scratch.exponentials + lane * stride, lane, sums);
+      // The longest piece of arithmetic: memory takes meanwhile what would otherwise have to be waited for.
+      if constexpr (kWritesLate) write_late_row<L>(p, scratch.late);
     }
+    if constexpr (kWritesLate) write_late_rows<L>(p, scratch.late);  // the group before may have had more tokens
     reduced.s = Softmax::sum_in_pairs(sums.s);
     reduced.q = Softmax::sum_in_pairs(sums.q);
     reduced.q2 = Softmax::sum_in_pairs(sums.q2);
@@ -145,7 +149,7 @@ struct ForwardMany {
       }
       taken = Candidates<L>::select(p, group, rows, scratch);
     }
-    write_selection<L>(p, chunk, group, taken, scratch);
+    write_selection<L, kWritesLate>(p, chunk, group, taken, scratch);
     return group;
   }
 };

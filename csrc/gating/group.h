@@ -10,6 +10,14 @@
 namespace dynamic_moe {
 namespace {
 
+// The first kLanes experts of every token of a group, whose rows in the [T, K] buffers are still to be written.
+template <class L>
+struct LateRows {
+  alignas(64) int32_t ids[L::kLanes][L::kLanes], weights[L::kLanes][L::kLanes];  // [tokens][ranks]
+  int64_t first_token = 0;
+  int count = 0, written = 0;  // tokens
+};
+
 // Views of a chunk's scratch.
 template <class L>
 struct GroupScratch {
@@ -24,6 +32,7 @@ struct GroupScratch {
   double* first_keys;   // [4][lanes]
   // Whether a token is likely to need no more than four experts: how it was in the last group.
   bool four_are_enough = true;
+  LateRows<L> late;
 
   GroupScratch(char* scratch, int64_t num_experts) {
     const int64_t size = padded(num_experts) * L::kLanes;

@@ -52,7 +52,7 @@ struct Avx512Lanes : Avx512 {
   static void stream_words(int32_t* p, Words v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v); }
   static void fence() { _mm_sfence(); }
 
-  static void transpose_floats(Floats (&r)[16]) {
+  [[gnu::always_inline]] static void transpose_floats(Floats (&r)[16]) {
     Words w[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) w[i] = _mm512_castps_si512(r[i]);

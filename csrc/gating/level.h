@@ -19,11 +19,13 @@ int64_t forward_chunk(const GatingParams& p, const GatingChunk& chunk) {
     for (int64_t token = first; token < last; token += L::kLanes) {
       const Group<L> group = Forward::forward(p, chunk, token, scratch);
       if (group.non_finite == 0) continue;
+      write_late_rows<L>(p, scratch.late);
       mark_non_finite(p, chunk, group);
       non_finite += __builtin_popcount(group.non_finite);
     }
     add_column_sums(chunk, scratch.column_sum, p.num_experts);
   }
+  write_late_rows<L>(p, scratch.late);
   for (int32_t e = 0; e < p.num_experts; ++e) chunk.tokens_per_expert[e] += scratch.counts[e];
   L::fence();
   return non_finite;

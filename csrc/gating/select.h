@@ -155,9 +155,53 @@ void write_ids_and_weights(const GatingParams& p, const Group<L>& group, int64_t
                          group.count, p.max_experts, static_cast<int32_t*>(p.expert_weights) + offset);
 }
 
+// rows[lane][rank] = by_rank[rank][lane], `fill` from `num_ranks` on.
 template <class L>
+void keep_rows(const int32_t* by_rank, int64_t num_ranks, typename L::Words fill,
+               int32_t (&rows)[L::kLanes][L::kLanes]) {
+  typename L::Words block[L::kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < L::kLanes; ++i) block[i] = i < num_ranks ? L::load_words(by_rank + i * L::kLanes) : fill;
+  L::transpose(block);
+#pragma GCC unroll 16
+  for (int lane = 0; lane < L::kLanes; ++lane) L::store_words(rows[lane], block[lane]);
+}
+
+// Keeps ids and weights of a group for write_late_row().
+template <class L>
+void keep_for_later(const GatingParams& p, const Group<L>& group, int64_t num_ranks, GroupScratch<L>& scratch) {
+  LateRows<L>& late = scratch.late;
+  const auto unused = L::broadcast_word(static_cast<uint32_t>(p.num_experts));
+  keep_rows<L>(scratch.ids, num_ranks, unused, late.ids);
+  keep_rows<L>(reinterpret_cast<const int32_t*>(scratch.weights), num_ranks, L::broadcast_word(0), late.weights);
+  late.first_token = group.first_token;
+  late.count = group.count;
+  late.written = 0;
+}
+
+// Writes the next of the rows that were kept, around the cache; nothing if there is none.
+template <class L>
+[[gnu::noinline]] void write_late_row(const GatingParams& p, LateRows<L>& late) {
+  if (late.written == late.count) return;
+  const int lane = late.written++;
+  const int64_t k = p.max_experts, offset = (late.first_token + lane) * k;
+  int32_t* const ids = p.expert_ids + offset;
+  L::stream_words(ids, L::load_words(late.ids[lane]));
+  fill_row<L, true>(L::kLanes, k, L::broadcast_word(static_cast<uint32_t>(p.num_experts)), ids);
+  int32_t* const weights = static_cast<int32_t*>(p.expert_weights) + offset;
+  L::stream_words(weights, L::load_words(late.weights[lane]));
+  fill_row<L, true>(L::kLanes, k, L::broadcast_word(0), weights);
+}
+
+template <class L>
+void write_late_rows(const GatingParams& p, LateRows<L>& late) {
+  while (late.written < late.count) write_late_row<L>(p, late);
+}
+
+// kMayKeep: rows that go around the cache are kept where they fit, for the next group to write while it computes.
+template <class L, bool kMayKeep>
 void write_selection(const GatingParams& p, const GatingChunk& chunk, const Group<L>& group, const Taken<L>& taken,
-                     const GroupScratch<L>& scratch) {
+                     GroupScratch<L>& scratch) {
   const auto mass = L::select(group.routed, taken.mass, L::broadcast(1.0f));
   for (int64_t rank = 0; rank < taken.most; ++rank) {
     const int32_t* ids = scratch.ids + rank * L::kLanes;
@@ -167,6 +211,9 @@ void write_selection(const GatingParams& p, const GatingChunk& chunk, const Grou
       float* weights = scratch.weights + rank * L::kLanes;
       L::store(weights, L::div(L::load(weights), mass));
     }
+  }
+  if constexpr (kMayKeep) {
+    if (chunk.stream_selection && taken.most <= L::kLanes) return keep_for_later(p, group, taken.most, scratch);
   }
   chunk.stream_selection ? write_ids_and_weights<L, true>(p, group, taken.most, scratch)
                          : write_ids_and_weights<L, false>(p, group, taken.most, scratch);

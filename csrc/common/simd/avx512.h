@@ -90,7 +90,7 @@ struct Avx512 {
   }
 
   // 16 rows of 16 words, in place.
-  static void transpose(Words (&r)[16]) {
+  [[gnu::always_inline]] static void transpose(Words (&r)[16]) {
     Words t[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
