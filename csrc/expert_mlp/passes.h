@@ -40,15 +40,15 @@ Panels<C> gate_and_up(const Panels<C>& gate, int64_t intermediate_size) {
 // unless kept is null. Both point to the column at which the first panel begins.
 template <class C>
 void store_activation(const Panels<C>& gate, const float* sums, typename C::T* out, typename C::T* kept,
-                      int64_t intermediate_size) {
+                      int64_t intermediate_size, bool stream_kept) {
   using Simd = typename C::Simd;
   const float* up_sums = sums + gate.count * C::kColumns;
   for_each_vector<C>(gate, sums, [&](typename Simd::Floats g, int column, int width, int64_t place) {
     const typename Simd::Floats u = Simd::load(up_sums + place);
     store_some<C>(out + column, swiglu<Simd>(g, u), width);
     if (kept == nullptr) return;
-    store_some<C>(kept + column, g, width);
-    store_some<C>(kept + intermediate_size + column, u, width);
+    write_some<C>(kept + column, g, width, stream_kept);
+    write_some<C>(kept + intermediate_size + column, u, width, stream_kept);
   });
 }
 
@@ -64,6 +64,8 @@ void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C:
   const int64_t pairs = divide_up(column_panels_at_once<C>(h, 2 * i, e1 - e0), 2);
   const int64_t step = pairs * C::kColumns;
   const int64_t tasks = divide_up(i, step), all_tasks = (e1 - e0) * tasks, ahead = num_threads();
+  const bool stream = pre_activation != nullptr &&
+                      is_streamed(pre_activation, p.groups.num_rows * 2 * i * static_cast<int64_t>(sizeof(T)), i);
   parallel_tasks(all_tasks, p.groups.num_rows * h * i, [&](int64_t index) {
     const int64_t e = e0 + index / tasks, n = index % tasks * step;
     const int64_t first_row = p.groups.expert_offsets[e];
@@ -83,9 +85,10 @@ void up_projection(const ExpertMlpParams& p, int64_t e0, int64_t e1, typename C:
           for (int row = 0; row < count; ++row, sums += pitch) {
             T* out = activation + (first_row - chunk_row + r + row) * i + n;
             T* kept = pre_activation == nullptr ? nullptr : pre_activation + (first_row + r + row) * 2 * i + n;
-            store_activation<C>(gate, sums, out, kept, i);
+            store_activation<C>(gate, sums, out, kept, i, stream);
           }
         });
+    if (stream) C::Simd::fence();
   });
 }
 
@@ -152,6 +155,11 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
           return {cut_into_panels<C>(next % tasks * step, i, most), {down + expert * h * i, i}};
         },
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
+          for (int64_t later = r + count; later < smaller(r + 2 * count, rows_of(p.groups, e)); ++later) {
+            const T* gate = pre_activation + (first_row + later) * 2 * i + n;
+            bring_in<false>(gate, panels.width());
+            bring_in<false>(gate + i, panels.width());
+          }
           for (int row = 0; row < count; ++row, sums += pitch) {
             const int64_t global = first_row + r + row, local = global - chunk_row;
             const typename Simd::Floats scale = Simd::broadcast(weight_of_row(p.row_slot, p.expert_weights, global));
@@ -205,6 +213,10 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
   const int64_t dx_tasks = p.dx == nullptr ? 0 : shares.count();
   const int64_t step = static_cast<int64_t>(panels_at_once<C>(h, MatrixColumns<C>::kBlockWords)) * C::kColumns;
   const int64_t blocks = divide_up(i, step);
+  const bool stream_gate_up =
+      d_gate_up != nullptr && is_streamed(d_gate_up, experts * 2 * i * h * static_cast<int64_t>(sizeof(T)), h);
+  const bool stream_down =
+      d_down != nullptr && is_streamed(d_down, experts * h * i * static_cast<int64_t>(sizeof(T)), i);
   if (d_weights != nullptr) __builtin_memset(d_weights, 0, static_cast<size_t>(p.num_slots) * sizeof(float));
 
   for (int64_t e0 = 0, e1 = 0; e0 < experts; e0 = e1) {
@@ -234,12 +246,13 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
         T* out = d_down + (task.expert * h + task.n) * i;
         if (expert_rows == 0) return zero_rows<C>(out, task.count, i);
         outer_products<C>(expert_rows, task.n, task.count, i, token_rows(dy),
-                          StoredRows<T>{chunk.scaled_activation, i, first_row - chunk_row}, out, i);
+                          StoredRows<T>{chunk.scaled_activation, i, first_row - chunk_row}, out, i, stream_down);
       } else {
         T* out = d_gate_up + (task.expert * 2 * i + task.n) * h;
         if (expert_rows == 0) return zero_rows<C>(out, task.count, h);
         outer_products<C>(expert_rows, task.n, task.count, h,
-                          StoredRows<T>{chunk.d_pre_activation, 2 * i, first_row - chunk_row}, token_rows(x), out, h);
+                          StoredRows<T>{chunk.d_pre_activation, 2 * i, first_row - chunk_row}, token_rows(x), out, h,
+                          stream_gate_up);
       }
     });
   }

@@ -90,7 +90,7 @@ void up_projection_prepacked(const ExpertMlpPrepackedParams& p, const PackedExpe
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           T* out = activation + (first_row - chunk_row + r) * i + gate.column[0];
           for (int row = 0; row < count; ++row, sums += pitch, out += i) {
-            store_activation<C>(gate, sums, out, nullptr, i);
+            store_activation<C>(gate, sums, out, nullptr, i, false);
           }
         });
   });

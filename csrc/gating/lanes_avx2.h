@@ -57,9 +57,7 @@ struct Avx2Lanes : Avx2 {
     _mm256_maskstore_epi32(p, _mm256_castps_si256(first_lanes(count)), v);
   }
 
-  static void stream(float* p, Floats v) { _mm256_stream_ps(p, v); }
   static void stream_words(int32_t* p, Words v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v); }
-  static void fence() { _mm_sfence(); }
 
   static void transpose_floats(Floats (&r)[8]) {
     Words w[8];

@@ -48,9 +48,7 @@ struct Avx512Lanes : Avx512 {
   static void store_words_first(int32_t* p, Words v, int count) { _mm512_mask_storeu_epi32(p, first(count), v); }
 
   // Around the cache, whole lines; p is aligned to a line.
-  static void stream(float* p, Floats v) { _mm512_stream_ps(p, v); }
   static void stream_words(int32_t* p, Words v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v); }
-  static void fence() { _mm_sfence(); }
 
   [[gnu::always_inline]] static void transpose_floats(Floats (&r)[16]) {
     Words w[16];

@@ -85,9 +85,7 @@ struct SingleLane : ScalarLane {
   static void store_words_first(int32_t* p, Words v, int count) {
     if (count > 0) store_words(p, v);
   }
-  static void stream(float* p, Floats v) { store(p, v); }
   static void stream_words(int32_t* p, Words v) { store_words(p, v); }
-  static void fence() {}
   static void transpose_floats(Floats (&)[1]) {}
 
   static float sum_of_pairs(const Floats (&v)[16]) {

@@ -294,6 +294,25 @@ void store_some(T* p, typename C::Simd::Floats v, int count) {
   }
 }
 
+// Whether a result of so many bytes is written around the cache: it is too large to stay there, and reading it first,
+// as an ordinary store does, would cost as much again. Its rows, from `out` on, must be whole lines.
+template <class T>
+bool is_streamed(const T* out, int64_t bytes, int64_t row_elements) {
+  constexpr int64_t kStreamedBytes = int64_t{32} << 20;
+  return bytes >= kStreamedBytes && row_elements * static_cast<int64_t>(sizeof(T)) % kLineBytes == 0 &&
+         reinterpret_cast<uintptr_t>(out) % kLineBytes == 0;
+}
+
+// store_some(), around the cache where `stream`.
+template <class C, class T>
+void write_some(T* p, typename C::Simd::Floats v, int count, bool stream) {
+  if (stream && count == C::kLanes) {
+    C::Simd::stream(p, v);
+  } else {
+    store_some<C>(p, v, count);
+  }
+}
+
 // out[n] += factor * sum for one row of emitted sums; out is the column at which the first panel begins.
 template <class C>
 void add_to_token(const Panels<C>& panels, const float* sums, float factor, float* out) {
@@ -350,6 +369,10 @@ void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_
             return {{}, matrix};
           },
           [&](int64_t r, int count, const float* sums, int64_t pitch) {
+            // Tokens are scattered, so the processor cannot guess where the next ones' sums lie.
+            for (int64_t i = r + count; i < smaller(r + 2 * count, rows_of(groups, e)); ++i) {
+              bring_in<true>(total + token_of_row(groups, first_row + i) * total_pitch + n, panels.width());
+            }
             for (int i = 0; i < count; ++i) {
               add_to_token<C>(panels, sums + i * pitch, scale(first_row + r + i),
                               total + token_of_row(groups, first_row + r + i) * total_pitch + n);
@@ -408,7 +431,7 @@ struct StoredRows {
 // out[n][h] = sum over r < rows of a(r)[first_n + n] * b(r)[h], for n < n_count and h < width.
 template <class C>
 void outer_products(int64_t rows, int64_t first_n, int n_count, int64_t width, const StoredRows<typename C::T>& a,
-                    const StoredRows<typename C::T>& b, typename C::T* out, int64_t pitch) {
+                    const StoredRows<typename C::T>& b, typename C::T* out, int64_t pitch, bool stream_out) {
   using Word = typename C::Word;
   constexpr int64_t kBlockWords = C::kPlan.column_block_words;
   const InnerBlocks<C> blocks(rows, kBlockWords);
@@ -454,13 +477,14 @@ void outer_products(int64_t rows, int64_t first_n, int n_count, int64_t width, c
           typename C::T* const target = out + (n + i) * pitch + h;
           for_each_vector<C>(panels, c + i * sums_pitch,
                              [&](typename C::Simd::Floats v, int column, int count, int64_t) {
-                               store_some<C>(target + column, v, count);
+                               write_some<C>(target + column, v, count, stream_out);
                              });
         }
       }
     }
     h = next_h;
   }
+  if (stream_out) C::Simd::fence();
 }
 
 // Rows of dW that a task computes: as many as keep the packed side in the second-level cache, and no more than a block
@@ -572,13 +596,14 @@ void grouped_matmul_dw(const GroupedMatmulDwParams& p) {
   const auto* x = static_cast<const T*>(p.x);
   auto* dw = static_cast<T*>(p.dw);
   const OuterTasks<C> tasks(p.groups, 0, p.groups.num_experts, p.n);
+  const bool stream = is_streamed(dw, p.groups.num_experts * p.n * p.k * static_cast<int64_t>(sizeof(T)), p.k);
   parallel_tasks(tasks.count(), p.groups.num_experts * p.n * p.k, [&](int64_t index) {
     const OuterTask task = tasks.task(index);
     T* out = dw + (task.expert * p.n + task.n) * p.k;
     const int64_t rows = rows_of(p.groups, task.expert), first_row = p.groups.expert_offsets[task.expert];
     if (rows == 0) return zero_rows<C>(out, task.count, p.k);
     outer_products<C>(rows, task.n, task.count, p.k, StoredRows<T>{dy, p.n, first_row},
-                      StoredRows<T>{x, p.k, first_row, p.groups.row_token}, out, p.k);
+                      StoredRows<T>{x, p.k, first_row, p.groups.row_token}, out, p.k, stream);
   });
 }
 

@@ -93,6 +93,15 @@ struct Region {
   const char* row(int64_t r) const { return base + (index != nullptr ? index[r] : r) * pitch_bytes; }
 };
 
+// Asks for `count` elements from p on.
+template <bool kToWrite, class T>
+void bring_in(const T* p, int64_t count) {
+  const char* const bytes = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += kLineBytes) {
+    __builtin_prefetch(bytes + i, kToWrite, 2);
+  }
+}
+
 // Brings the memory that will be packed next into the second-level cache while the present tiles are multiplied: a few
 // lines at each step of the multiplication, so that memory and arithmetic overlap.
 class Stream {

@@ -224,6 +224,22 @@ MUTANTS = [
         "gating",
     ),
     Mutant(
+        "large results: written around the cache wherever they lie",
+        "csrc/grouped_matmul/products.h",
+        "row_elements * static_cast<int64_t>(sizeof(T)) % kLineBytes == 0 &&",
+        "row_elements > 0 &&",
+        "grouped_matmul",
+        needs="avx2",
+    ),
+    Mutant(
+        "large results: the last columns are written where the first are",
+        "csrc/grouped_matmul/products.h",
+        "    C::Simd::stream(p, v);",
+        "    C::Simd::stream(p - (reinterpret_cast<uintptr_t>(p) / kLineBytes % 8 == 7 ? kLineWords : 0), v);",
+        "expert_mlp",
+        needs="avx2",
+    ),
+    Mutant(
         "dispatch: float16 is taken for bfloat16",
         "csrc/grouped_matmul/level.h",
         "return run(Config<Simd, Float16, kIsa>{});",

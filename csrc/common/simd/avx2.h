@@ -44,6 +44,14 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  // Around the cache; p is aligned to the vector as it is stored. A fence before others may read it.
+  static void stream(float* p, Floats v) { _mm256_stream_ps(p, v); }
+  static void stream(BFloat16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
+  static void stream(Float16* p, Floats v) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void fence() { _mm_sfence(); }
+
   static Floats load_first(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
   template <class T>
   static Floats load_first(const T* p, int count) {

@@ -39,6 +39,14 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  // Around the cache; p is aligned to the vector as it is stored. A fence before others may read it.
+  static void stream(float* p, Floats v) { _mm512_stream_ps(p, v); }
+  static void stream(BFloat16* p, Floats v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
+  static void stream(Float16* p, Floats v) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void fence() { _mm_sfence(); }
+
   static Floats load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
   static Floats load_first(const BFloat16* p, int count) {
     return widen_bf16(_mm256_maskz_loadu_epi16(first(count), p));

@@ -42,6 +42,12 @@ struct ScalarLane {
   }
   static void store_words(void* p, Words v) { __builtin_memcpy(p, &v, sizeof v); }
 
+  template <class T>
+  static void stream(T* p, Floats v) {
+    store(p, v);
+  }
+  static void fence() {}
+
   // A part of one lane is nothing; these exist so that the kernels read the same on every level.
   template <class T>
   static Floats load_first(const T* p, int count) {

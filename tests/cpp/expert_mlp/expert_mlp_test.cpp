@@ -217,6 +217,27 @@ TYPED_TEST(ExpertMlpChunks, BackwardGivesTheSameBitsAsEachExpertAlone) {
   }
 }
 
+// Results of 32 MiB and more whose rows are whole cache lines are written around the cache.
+TYPED_TEST(ExpertMlpChunks, LargeResultsAreTheSameBitsWhereverTheyLie) {
+  const int64_t wide = 192128 / static_cast<int64_t>(sizeof(TypeParam));
+  const Load load{"groups of 60, 0, 21 and 20 rows", {60, 0, 21, 20}, 70};
+  for (const int64_t intermediate : {wide, wide + 7}) {
+    const Sizes sizes{load, 64, intermediate};
+    const ExpertPass<TypeParam> in_lines(sizes, Random(1), Placement::kStartAtFence);
+    const ExpertPass<TypeParam> one_in(sizes, Random(1), Placement::kOneIn);
+    use_standard_threads(2);
+    const auto forward = in_lines.forward(), other_forward = one_in.forward();
+    EXPECT_TRUE(same_bits(forward.y, other_forward.y));
+    EXPECT_TRUE(same_bits(forward.pre_activation, other_forward.pre_activation));
+    const auto backward = in_lines.backward(), other_backward = one_in.backward();
+    use_standard_threads(1);
+    EXPECT_TRUE(same_bits(backward.dx, other_backward.dx));
+    EXPECT_TRUE(same_bits(backward.d_gate_up, other_backward.d_gate_up));
+    EXPECT_TRUE(same_bits(backward.d_down, other_backward.d_down));
+    EXPECT_TRUE(same_bits(backward.d_weights, other_backward.d_weights));
+  }
+}
+
 // ---- faults stay where they are -----------------------------------------------------------------------------------
 
 constexpr double kFaults[] = {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),

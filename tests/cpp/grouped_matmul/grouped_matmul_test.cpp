@@ -146,6 +146,17 @@ TYPED_TEST(GroupedMatmul, ResultsDoNotDependOnTheNumberOfThreads) {
   });
 }
 
+// A gradient of 32 MiB and more whose rows are whole cache lines is written around the cache.
+TYPED_TEST(GroupedMatmul, ALargeGradientIsTheSameBitsWhereverItLies) {
+  for (const int64_t k : {1056, 1057}) {
+    const Shape shape{{"groups of 9, 0 and 4 rows", {9, 0, 4}, 8}, 11264 / static_cast<int64_t>(sizeof(TypeParam)), k};
+    const Products<TypeParam> in_lines(shape, Random(1), Placement::kStartAtFence);
+    const Products<TypeParam> one_in(shape, Random(1), Placement::kOneIn);
+    use_standard_threads(2);
+    EXPECT_TRUE(same_bits(in_lines.dw(), one_in.dw()));
+  }
+}
+
 // Rows of the other groups must not change a group's result: it is the same alone.
 TYPED_TEST(GroupedMatmul, AGroupGivesTheSameBitsAloneAndAmongOthers) {
   const int64_t n = 40, k = 1060;
