@@ -8,6 +8,7 @@ import fnmatch
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -114,18 +115,31 @@ def run(cases: list[Case], pool: WorkerPool, plan: Plan, wanted: set[str] | None
             def tell(what: str, name: str = name) -> None:
                 progress.update(task, description=f"{name}: {what}")
 
-            try:
-                result = measure_case(case, pool, plan, wanted, tell)
-            except RuntimeError as error:  # one case that fails must not cost the half hour before it
-                console.print(f"{case.name} failed: {error}", style="red", highlight=False, markup=False)
-                pool.stop()
+            result = try_case(case, pool, plan, wanted, tell, console)
+            progress.advance(task)
+            if result is None:
                 continue
-            finally:
-                progress.advance(task)
             results.cases.append(result)
             results.write(BUILD_FOLDER / "unfinished.json")
             print_case(result, console)
     return results
+
+
+def try_case(
+    case: Case, pool: WorkerPool, plan: Plan, wanted: set[str] | None, tell: Callable[[str], None], console: Console
+) -> CaseResult | None:
+    """Measure a case; once more in new workers if that fails, as memory that earlier cases left may have been missing.
+
+    None if it fails again: one case must not cost the half hour before it.
+    """
+    for last in (False, True):
+        try:
+            return measure_case(case, pool, plan, wanted, tell)
+        except RuntimeError as error:
+            then = "" if last else "; trying again in new workers"
+            console.print(f"{case.name} failed: {error}{then}", style="red", highlight=False, markup=False)
+            pool.stop()
+    return None
 
 
 def measure_machine(pool: WorkerPool) -> Results:
