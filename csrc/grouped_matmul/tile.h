@@ -15,9 +15,9 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLineWords = 16;     // words in a cache line
 constexpr int64_t kPrefetchLines = 8;  // how far ahead of itself packing asks for a row
 
-// A tile of so few rows, which only panels packed beforehand have, waits for memory: it asks for its panel so many
+// A tile of so few rows reads panels packed beforehand faster than memory gives them: it asks for its panel so many
 // steps ahead (with vectors of 64 bytes: 8 kB).
-constexpr int kStreamingRows = 4;
+constexpr int kStreamingRows = 7;
 constexpr int kStreamingSteps = 40;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -74,11 +74,11 @@ struct Config {
   }
 };
 
-// Whether a tile of so many rows asks for its panel itself. A full tile has a Stream to do so.
+// Whether a tile of so many rows asks for its panel itself. A full tile and tile registers have a Stream to do so.
 template <class C>
 constexpr bool asks_ahead(int64_t rows) {
   constexpr int kMost = C::kRows > kStreamingRows ? kStreamingRows : C::kRows - 1;
-  return rows <= kMost;
+  return !C::kTiles && rows <= kMost;
 }
 
 // ---- what comes next ----------------------------------------------------------------------------------------------
