@@ -152,7 +152,9 @@ def _readme_cells(result: CaseResult) -> list[str]:
         return ["", "", ""]
     seconds = result.spread(ours).median
     lead = f"{result.spread(peer).median / seconds:.2f} ({peer.title})" if peer else ""
-    return [f"{1e3 * seconds:.3g}", f"{result.fraction(ours):.2f}", lead]
+    milliseconds = 1e3 * seconds
+    shown = f"{milliseconds:.0f}" if milliseconds >= 1000 else f"{milliseconds:.3g}"
+    return [shown, f"{result.fraction(ours):.2f}", lead]
 
 
 def _gating_sentence(results: Results) -> str:
