@@ -123,8 +123,8 @@ TYPED_TEST(GatingBuffers, LargeOnesHoldTheSame) {
         (int64_t{1} << 20) / num_experts - 7;  // 4 MiB of probabilities, no whole number of groups
     auto logits = random_logits<TypeParam>(num_tokens, num_experts, 1.0, 2);
     logits[40 * static_cast<size_t>(num_experts)] = to_logit<TypeParam>(std::numeric_limits<double>::quiet_NaN());
-    const auto flat =
-        logits.begin() + 200 * num_experts;  // a token that needs many experts, among others that need few
+    // A token that needs many experts, among others that need few.
+    const auto flat = logits.begin() + 200 * num_experts;
     std::fill(flat, flat + num_experts, to_logit<TypeParam>(0.0));
     std::vector<uint8_t> mask(static_cast<size_t>(num_tokens), 1);
     mask[77] = 0;
