@@ -157,8 +157,8 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
         [&](int64_t r, int count, const float* sums, int64_t pitch) {
           for (int64_t later = r + count; later < smaller(r + 2 * count, rows_of(p.groups, e)); ++later) {
             const T* gate = pre_activation + (first_row + later) * 2 * i + n;
-            bring_in<false>(gate, panels.width());
-            bring_in<false>(gate + i, panels.width());
+            bring_in<false, 2>(gate, panels.width());
+            bring_in<false, 2>(gate + i, panels.width());
           }
           for (int row = 0; row < count; ++row, sums += pitch) {
             const int64_t global = first_row + r + row, local = global - chunk_row;

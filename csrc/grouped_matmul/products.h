@@ -371,7 +371,7 @@ void accumulate_by_token(const RowGroups& groups, int64_t e0, int64_t e1, int64_
           [&](int64_t r, int count, const float* sums, int64_t pitch) {
             // Tokens are scattered, so the processor cannot guess where the next ones' sums lie.
             for (int64_t i = r + count; i < smaller(r + 2 * count, rows_of(groups, e)); ++i) {
-              bring_in<true>(total + token_of_row(groups, first_row + i) * total_pitch + n, panels.width());
+              bring_in<true, 2>(total + token_of_row(groups, first_row + i) * total_pitch + n, panels.width());
             }
             for (int i = 0; i < count; ++i) {
               add_to_token<C>(panels, sums + i * pitch, scale(first_row + r + i),

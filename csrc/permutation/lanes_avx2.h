@@ -25,13 +25,6 @@ struct Avx2PermutationLanes {
   static void fence() { _mm_sfence(); }
 
   struct Float32 : Avx2 {
-    static void stream(float* p, Floats v) { _mm256_stream_ps(p, v); }
-    template <class T>
-    static void stream(T* p, Floats v) {
-      alignas(16) T narrow[8];
-      store(narrow, v);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<const __m128i*>(narrow)));
-    }
     static float folded(Floats v) {
       const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
       const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -20,13 +20,6 @@ struct Avx512PermutationLanes {
   static void fence() { _mm_sfence(); }
 
   struct Float32 : Avx512 {
-    static void stream(float* p, Floats v) { _mm512_stream_ps(p, v); }
-    template <class T>
-    static void stream(T* p, Floats v) {
-      alignas(32) T narrow[16];
-      store(narrow, v);
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(narrow)));
-    }
     static float folded(Floats v) {
       const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
       const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

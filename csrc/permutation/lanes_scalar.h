@@ -18,10 +18,6 @@ struct ScalarLanes {
   static void fence() {}
 
   struct Float32 : ScalarLane {
-    template <class T>
-    static void stream(T* p, Floats v) {
-      store(p, v);
-    }
     static Floats folded(Floats v) { return v; }
   };
 

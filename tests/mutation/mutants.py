@@ -232,7 +232,7 @@ MUTANTS = [
         needs="avx2",
     ),
     Mutant(
-        "large results: the last columns are written where the first are",
+        "large results: one line in eight is written over the one before",
         "csrc/grouped_matmul/products.h",
         "    C::Simd::stream(p, v);",
         "    C::Simd::stream(p - (reinterpret_cast<uintptr_t>(p) / kLineBytes % 8 == 7 ? kLineWords : 0), v);",
