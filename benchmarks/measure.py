@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from benchmarks.cases import Case
 from benchmarks.machine import CpuTime, commit, describe_machine, taken_by_others
 from benchmarks.preload import settings
-from benchmarks.results import QUIET, CaseResult, Row
+from benchmarks.results import QUIET, TITLE_SUFFIX, CaseResult, Row
 from benchmarks.worker import OpenedInfo, Sample, Worker
 
 SAMPLE_SECONDS = 0.04  # calls are repeated until a sample takes so long
@@ -121,7 +121,11 @@ def measure_case(
         passes=case.passes,
         dtype=case.dtype,
         rows=[entry.row for entry in entries],
-        absent=opened["warm"].absent,
+        absent={
+            peer + TITLE_SUFFIX[setting]: reason
+            for setting, info in opened.items()
+            for peer, reason in info.absent.items()
+        },
         facts=opened["warm"].facts,
         ceilings=[],
         others=[],

@@ -13,6 +13,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.work.subject import Cost
 
 OUR_NAMES = ("dynamic_moe", "dynamic_moe, prepacked")
+TITLE_SUFFIX = {"warm": "", "default": " (default allocator)", "mkl": " (MKL, fast path)"}  # of a setting
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class Row:
     @property
     def title(self) -> str:
         """Subject and setting, for people."""
-        suffix = {"warm": "", "default": " (default allocator)", "mkl": " (MKL, fast path)"}
-        return self.subject + suffix[self.setting]
+        return self.subject + TITLE_SUFFIX[self.setting]
 
 
 @dataclass
