@@ -22,7 +22,8 @@ square.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 x = torch.tensor(3.0)
-reverse = torch.func.grad(lambda x: square(x) + x)(x).item()
+leaf = x.clone().requires_grad_()
+reverse = torch.autograd.grad(square(leaf) + leaf, leaf)[0].item()
 _, forward = torch.func.jvp(lambda x: square(x) + x, (x,), (torch.ones_like(x),))
 print(f"torch {torch.__version__}: reverse mode {reverse}, forward mode {forward.item()}")
 assert (reverse, forward.item()) == (7.0, 1.0), "the behaviour has changed"
