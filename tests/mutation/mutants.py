@@ -33,6 +33,36 @@ MUTANTS = [
         "g[ids[k]] = d_weights[k] / mass;",
         "gating",
     ),
+    # ---- the router's product ----
+    Mutant(
+        "router product: the last part of a row of x is left out",
+        "csrc/float32_linear/kernels.h",
+        "if (rest > 0) add(",
+        "if (rest > Simd::kLanes) add(",
+        "float32_linear",
+        needs="avx2",
+    ),
+    Mutant(
+        "router product, dx: rows of the last, smaller tile are those of the first",
+        "csrc/float32_linear/kernels.h",
+        "T* out = static_cast<T*>(p.dx) + (t0 + t) * p.hidden_size",
+        "T* out = static_cast<T*>(p.dx) + t * p.hidden_size",
+        "float32_linear",
+    ),
+    Mutant(
+        "router product, dw: sums of earlier tokens are thrown away",
+        "csrc/float32_linear/kernels.h",
+        "t0 > 0 && e < experts",
+        "t0 < 0 && e < experts",
+        "float32_linear",
+    ),
+    Mutant(
+        "router product, dw: without tokens nothing is written",
+        "csrc/float32_linear/kernels.h",
+        "t0 == 0 || t0 < p.num_tokens",
+        "t0 < p.num_tokens",
+        "float32_linear",
+    ),
     # ---- permutation and combine ----
     Mutant(
         "permute: every row has the first slot of its token",
