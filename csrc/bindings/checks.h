@@ -52,9 +52,6 @@ struct Operator<kFunction> {
   }
 };
 
-// The name that Python users know.
-std::string dtype_name(ScalarType dtype);
-
 // The kernels' name of a float tensor's dtype. Fails on every dtype but float32, float64, bfloat16 and float16.
 DType float_dtype(const char* name, const Tensor& tensor);
 DType float_dtype(const char* name, ScalarType dtype);

@@ -79,7 +79,7 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       dynamic_tags);
   m.def("float32_linear(Tensor x, Tensor weight) -> Tensor", tags);
   m.def("float32_linear_dx(Tensor d_logits, Tensor weight, ScalarType dtype) -> Tensor", tags);
-  m.def("float32_linear_dw(Tensor d_logits, Tensor x) -> Tensor", tags);
+  m.def("float32_linear_dw(Tensor d_logits, Tensor x, ScalarType dtype) -> Tensor", tags);
 
   m.def("combine(Tensor rows, Tensor? weights, Tensor slot_row) -> Tensor", tags);
   m.def(

@@ -116,7 +116,7 @@ def top_p_gating(
     check_finite = checked_mode() if check_finite is None else check_finite
     call = _top_p
     if isinstance(p, Tensor):
-        call, p = _top_p_tensor, p.detach().to(torch.float64)
+        call, p = _top_p_tensor, p.detach().to(torch.float64).reshape(1)
     return Gating(*call(logits, p, max_experts, strict, renormalize, temperature, token_mask, check_finite))
 
 

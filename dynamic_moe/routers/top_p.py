@@ -56,8 +56,9 @@ class TopPRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
-        # On the CPU whatever the default device is, also where modules are built on the meta device: p is no weight.
-        self._p_tensor = torch.empty((), dtype=torch.float64, device="cpu")
+        # On the CPU whatever the default device is, also where modules are built on the meta device: p is no weight. Not
+        # a scalar: torch.compile takes a float64 scalar on the CPU for a number of Python, and traces everything twice.
+        self._p_tensor = torch.empty(1, dtype=torch.float64, device="cpu")
         self.p = p
         if max_experts is not None and check_positive("max_experts", max_experts) > num_experts:
             raise ValueError(f"max_experts must be at most num_experts={num_experts}, got {max_experts}")
@@ -78,7 +79,7 @@ class TopPRouter(Router):
     @p.setter
     def p(self, value: float) -> None:
         if not isinstance(value, Real) or not 0.0 < value <= 1.0:
-            raise ValueError(f"p must be a number in (0, 1], got {value!r}")
+            raise ValueError(f"p must be in (0, 1], got {value!r}")
         self._p = float(value)
         self._p_tensor.fill_(self._p)  # in place: a CUDA graph reads this very memory
 

@@ -79,7 +79,7 @@ def test_the_products_of_a_router(size: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def test_a_threshold_on_the_device_is_read_there() -> None:
-    logits, p = torch.randn(77, 8, device="cuda"), torch.tensor(0.3, dtype=torch.float64, device="cuda")
+    logits, p = torch.randn(77, 8, device="cuda"), torch.tensor([0.3], dtype=torch.float64, device="cuda")
     graph = torch.cuda.CUDAGraph()
     ops.top_p_gating(logits, p)
     with torch.cuda.graph(graph):

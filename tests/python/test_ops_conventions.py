@@ -82,7 +82,7 @@ def linear_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     return [
         (raw.float32_linear.default, (x, weight)),
         (raw.float32_linear_dx.default, (d_logits, weight, torch.float32)),
-        (raw.float32_linear_dw.default, (d_logits, x)),
+        (raw.float32_linear_dw.default, (d_logits, x, torch.float32)),
     ]
 
 
@@ -103,7 +103,7 @@ def raw_calls() -> list[Any]:
         pytest.param(raw.top_p_gating.default, (plain, 0.6, E, False, True, 0.7, mask, False), id="top_p_gating"),
         pytest.param(
             raw.top_p_gating.tensor,
-            (plain, torch.tensor(0.6, dtype=torch.float64), E, False, True, 0.7, mask, False),
+            (plain, torch.tensor([0.6], dtype=torch.float64), E, False, True, 0.7, mask, False),
             id="top_p_gating of a tensor",
         ),
         pytest.param(raw.top_k_gating.default, (plain, 2, True, 1.0, None, False), id="top_k_gating"),
