@@ -7,9 +7,12 @@
 
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 
+#include "common/isa.h"
 #include "common/parallel.h"
 #include "expert_pass.h"
+#include "support/refused_tiles.h"
 
 namespace dynamic_moe::testing {
 namespace {
@@ -447,6 +450,24 @@ TEST(ExpertMlpByHand, OneTokenTwoExperts) {
   EXPECT_THAT(pre_activation, ::testing::ElementsAre(1, 2, 2, 3));
   EXPECT_FLOAT_EQ(y[0], 0.75f * a0 + 0.25f * 2 * a1);
   EXPECT_FLOAT_EQ(y[1], -0.75f * a0);
+}
+
+TEST(ExpertMlpWithoutTiles, RunsBFloat16AtTheNextBestLevel) {
+  if (!RefusedTiles::can_be_played()) GTEST_SKIP() << "needs AVX-512 and a build with amx";
+  use_standard_threads(1);
+  const ExpertPass<BFloat16> pass({kMixed, 33, 49}, Random(1));
+  set_isa(Isa::kAvx512);
+  const auto y = pass.forward().y, dx = pass.backward().dx;
+  reset_isa();
+  {
+    const RefusedTiles refused;
+    EXPECT_TRUE(same_bits(pass.forward().y, y));
+    EXPECT_TRUE(same_bits(pass.backward().dx, dx));
+    EXPECT_EQ(refused.requests, 1);
+  }
+  const RefusedTiles forced("amx");
+  EXPECT_THROW(pass.forward(), std::runtime_error);
+  EXPECT_THROW(pass.backward(), std::runtime_error);
 }
 
 }  // namespace

@@ -6,9 +6,12 @@
 
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 
+#include "common/isa.h"
 #include "common/parallel.h"
 #include "products.h"
+#include "support/refused_tiles.h"
 
 namespace dynamic_moe::testing {
 namespace {
@@ -262,6 +265,28 @@ TYPED_TEST(GroupedMatmul, AFaultyElementOfDyReachesItsOwnRowOfDwOnly) {
   const int64_t row = 10, column = 32;  // in expert 3
   fill(problem.dy, row * 33 + column, 1, kFaults[0]);
   expect_changes_only(problem.dw(), dw, 49, [&](int64_t line) { return line == 3 * 33 + column; });
+}
+
+// ---- refused tiles ------------------------------------------------------------------------------------------------
+
+TEST(GroupedMatmulWithoutTiles, RunsBFloat16AtTheNextBestLevel) {
+  if (!RefusedTiles::can_be_played()) GTEST_SKIP() << "needs AVX-512 and a build with amx";
+  const Products<BFloat16> problem(kOddShape, Random(1));
+  set_isa(Isa::kAvx512);
+  const auto y = problem.forward(), dx = problem.dx(), dw = problem.dw();
+  reset_isa();
+  {
+    const RefusedTiles refused;
+    EXPECT_EQ(refused.requests, 0);
+    EXPECT_TRUE(same_bits(problem.forward(), y));
+    EXPECT_TRUE(same_bits(problem.dx(), dx));
+    EXPECT_TRUE(same_bits(problem.dw(), dw));
+    EXPECT_EQ(refused.requests, 1);
+  }
+  const RefusedTiles forced("amx");
+  EXPECT_THROW(problem.forward(), std::runtime_error);
+  EXPECT_THROW(problem.dx(), std::runtime_error);
+  EXPECT_THROW(problem.dw(), std::runtime_error);
 }
 
 // ---- more than 2^31 elements --------------------------------------------------------------------------------------
