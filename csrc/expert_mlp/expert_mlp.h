@@ -75,7 +75,7 @@ struct PrepackExpertsParams {
   int64_t intermediate_size;  // I
   DType dtype;
 };
-// At the level in use. Both throw std::invalid_argument for float64.
+// At the level that isa_for(dtype) gives. Both throw std::invalid_argument for float64.
 int64_t packed_experts_bytes(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, DType dtype);
 void prepack_experts_cpu(const PrepackExpertsParams& params);
 

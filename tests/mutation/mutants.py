@@ -330,7 +330,22 @@ MUTANTS = [
     Mutant(
         "levels: DYNAMIC_MOE_CPU_ISA may name a level that the machine lacks",
         "csrc/common/isa.cpp",
-        "  if (!isa_supported(isa)) throw_unsupported(kVariable, isa);\n",
+        "  require_supported(kVariable, isa, supported());\n",
+        "",
+        "common",
+    ),
+    Mutant(
+        "levels: products of every dtype ask for the tiles",
+        "csrc/common/isa_choice.h",
+        "choice.isa != Isa::kAmx || dtype != DType::kBFloat16",
+        "choice.isa != Isa::kAmx",
+        "common",
+        needs="amx",
+    ),
+    Mutant(
+        "levels: threads that come together ask for the tiles more than once",
+        "csrc/common/tile_permission.cpp",
+        "    answer = answer_.load(std::memory_order_relaxed);\n",
         "",
         "common",
     ),

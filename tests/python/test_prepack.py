@@ -289,7 +289,7 @@ def test_another_cpu_level_is_an_error() -> None:
             with torch.no_grad(), pytest.raises(ValueError, match=f"level {level}, but the level in use is {other}"):
                 experts(*routed(3))
     finally:
-        _C.set_cpu_isa(level)
+        _C.set_cpu_isa(None)
 
 
 def test_float64_is_an_error() -> None:

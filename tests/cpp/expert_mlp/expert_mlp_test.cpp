@@ -7,9 +7,13 @@
 
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <stdexcept>
 
+#include "common/isa.h"
 #include "common/parallel.h"
 #include "expert_pass.h"
+#include "support/refused_tiles.h"
 
 namespace dynamic_moe::testing {
 namespace {
@@ -447,6 +451,51 @@ TEST(ExpertMlpByHand, OneTokenTwoExperts) {
   EXPECT_THAT(pre_activation, ::testing::ElementsAre(1, 2, 2, 3));
   EXPECT_FLOAT_EQ(y[0], 0.75f * a0 + 0.25f * 2 * a1);
   EXPECT_FLOAT_EQ(y[1], -0.75f * a0);
+}
+
+// Only products of bfloat16 flush subnormal numbers, at some levels (grouped_matmul_test.cpp). The weight of an expert
+// is a float32 factor at all of them: g = 32, u = 2^-125, a = 2^-120, all exact.
+TEST(ExpertMlpSubnormals, AreKeptByElementwiseSteps) {
+  use_standard_threads(1);
+  for (const int32_t rows : {1, 40}) {
+    std::vector<int32_t> index(static_cast<size_t>(rows));
+    std::iota(index.begin(), index.end(), 0);
+    const int32_t offsets[] = {0, rows};
+    const std::vector<float> weights(static_cast<size_t>(rows), 0x1p-10f);
+    const std::vector<BFloat16> x(static_cast<size_t>(rows), stored<BFloat16>(1));
+    const BFloat16 gate_up[] = {stored<BFloat16>(32), stored<BFloat16>(0x1p-125)}, down[] = {stored<BFloat16>(1)};
+    std::vector<BFloat16> y(static_cast<size_t>(rows));
+    expert_mlp_cpu({.groups = {offsets, index.data(), rows, rows, 1},
+                    .row_slot = index.data(),
+                    .expert_weights = weights.data(),
+                    .x = x.data(),
+                    .gate_up_proj = gate_up,
+                    .down_proj = down,
+                    .pre_activation = nullptr,
+                    .y = y.data(),
+                    .hidden_size = 1,
+                    .intermediate_size = 1,
+                    .dtype = DType::kBFloat16});
+    for (const BFloat16 value : y) EXPECT_EQ(value_of(value), 0x1p-130) << rows << " rows";
+  }
+}
+
+TEST(ExpertMlpWithoutTiles, RunsBFloat16AtTheNextBestLevel) {
+  if (!RefusedTiles::can_be_played()) GTEST_SKIP() << "needs AVX-512 and a build with amx";
+  use_standard_threads(1);
+  const ExpertPass<BFloat16> pass({kMixed, 33, 49}, Random(1));
+  set_isa(Isa::kAvx512);
+  const auto y = pass.forward().y, dx = pass.backward().dx;
+  reset_isa();
+  {
+    const RefusedTiles refused;
+    EXPECT_TRUE(same_bits(pass.forward().y, y));
+    EXPECT_TRUE(same_bits(pass.backward().dx, dx));
+    EXPECT_EQ(refused.requests, 1);
+  }
+  const RefusedTiles forced("amx");
+  EXPECT_THROW(pass.forward(), std::runtime_error);
+  EXPECT_THROW(pass.backward(), std::runtime_error);
 }
 
 }  // namespace
