@@ -12,6 +12,7 @@ except ImportError as error:
     ) from error
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dynamic_moe.models.activation_router import ActivationDtypeTopPRouter
 from dynamic_moe.models.configuration import DynamicMoEConfig
@@ -20,6 +21,7 @@ from dynamic_moe.models.modeling import (
     DynamicMoEForCausalLM,
     DynamicMoEForSequenceClassification,
     DynamicMoEModel,
+    DynamicMoEModelOutput,
     DynamicMoEPreTrainedModel,
     DynamicMoESequenceClassifierOutput,
     causal_lm_loss,
@@ -33,6 +35,7 @@ __all__ = [
     "DynamicMoEForCausalLM",
     "DynamicMoEForSequenceClassification",
     "DynamicMoEModel",
+    "DynamicMoEModelOutput",
     "DynamicMoEPreTrainedModel",
     "DynamicMoESequenceClassifierOutput",
     "causal_lm_loss",
@@ -43,4 +46,6 @@ AutoConfig.register(DynamicMoEConfig.model_type, DynamicMoEConfig, exist_ok=True
 AutoModel.register(DynamicMoEConfig, DynamicMoEModel, exist_ok=True)
 AutoModelForCausalLM.register(DynamicMoEConfig, DynamicMoEForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(DynamicMoEConfig, DynamicMoEForSequenceClassification, exist_ok=True)
+# Trainer shifts the labels of label_smoothing_factor for the classes in this table alone; register leaves it as it is.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[DynamicMoEConfig.model_type] = DynamicMoEForCausalLM.__name__
 register_released_format()
