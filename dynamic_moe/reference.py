@@ -21,7 +21,7 @@ from dynamic_moe.ops._gating import ThresholdRule, check_count, check_gating, ch
 
 def top_p_gating(
     logits: Tensor,
-    p: float = 0.4,
+    p: float | Tensor = 0.4,
     *,
     max_experts: int | None = None,
     threshold_rule: ThresholdRule = "paper",
@@ -32,7 +32,7 @@ def top_p_gating(
 ) -> Gating:
     """See `dynamic_moe.ops.top_p_gating`."""
     num_experts = check_gating(logits, temperature, token_mask)
-    check_threshold(p, threshold_rule)
+    check_threshold(p, threshold_rule, logits.device)
     if max_experts is None:
         max_experts = num_experts
     check_count("max_experts", max_experts, num_experts)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks of the operators' arguments. Python (dynamic_moe/ops) checks first and speaks to the user; this is the second
 // line, for whoever calls torch.ops.dynamic_moe.* directly: no argument, however wrong, may crash the process.
-// Everything here throws std::invalid_argument, which reaches Python as a ValueError. Which device a tensor must be on
+// Everything here throws std::invalid_argument, which is a ValueError in Python (dynamic_moe/ops/_torch_private.py). Which device a tensor must be on
 // is backend.h's to check.
 #pragma once
 
@@ -12,6 +12,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "common/types.h"
 
@@ -30,6 +31,29 @@ template <class... Parts>
   (message << ... << parts);
   throw std::invalid_argument(message.str());
 }
+
+// What the last std::invalid_argument said that left an operator on this thread, or nothing; it is told once. From torch
+// 2.15 on such an exception reaches Python as a RuntimeError, and Python asks here whether it was one.
+std::optional<std::string> take_argument_error();
+void keep_argument_error(const char* message);
+
+// An operator as it is registered: kFunction, whose std::invalid_argument is kept for take_argument_error().
+template <auto kFunction>
+struct Operator;
+template <class Result, class... Arguments, Result (*kFunction)(Arguments...)>
+struct Operator<kFunction> {
+  static Result call(Arguments... arguments) {
+    try {
+      return kFunction(arguments...);
+    } catch (const std::invalid_argument& error) {
+      keep_argument_error(error.what());
+      throw;
+    }
+  }
+};
+
+// The name that Python users know.
+std::string dtype_name(ScalarType dtype);
 
 // The kernels' name of a float tensor's dtype. Fails on every dtype but float32, float64, bfloat16 and float16.
 DType float_dtype(const char* name, const Tensor& tensor);

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/checks.h"
 #include "common/isa.h"
 #include "grouped_matmul/tile_plan.h"
 
@@ -115,6 +116,8 @@ PYBIND11_MODULE(_C, module) {
       "Use another CPU level from now on. Raises ValueError if it is unknown or not supported here.");
   module.def("tile_plan", &tile_plan_of, py::arg("isa"), py::arg("dtype"),
              "Register tile and cache blocks of the grouped matmul at a CPU level, compiled or not, for a data type.");
+  module.def("take_argument_error", &bindings::take_argument_error,
+             "What the last operator that refused an argument on this thread said, once; None if there was none.");
   module.def("cuda_architectures", &cuda_architectures, "CUDA architectures that this binary holds code for.");
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators' schemas: what torch.ops.dynamic_moe.* is. One file beside this one binds each folder's kernels, those
-// of the CPU and, where the build has them, those of CUDA (ops_gating.cpp, ops_permutation.cpp, ops_grouped_matmul.cpp,
+// of the CPU and, where the build has them, those of CUDA (ops_float32_linear.cpp, ops_gating.cpp, ops_permutation.cpp, ops_grouped_matmul.cpp,
 // ops_expert_mlp.cpp); fakes, autograd and the public functions are Python's (dynamic_moe/ops). Bound through the
 // LibTorch stable ABI: one binary for every torch >= 2.13.
 #include <torch/csrc/stable/library.h>
@@ -56,6 +56,12 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       "Tensor? token_mask, bool check_finite) -> (Tensor expert_ids, Tensor expert_weights, Tensor tokens_per_expert, "
       "Tensor probabilities, Tensor probability_sum, Tensor entropy, Tensor logsumexp)",
       tags);
+  // p as a tensor of one element: a threshold that changes must not make torch.compile start anew.
+  m.def(
+      "top_p_gating.tensor(Tensor logits, Tensor top_p, int max_experts, bool strict, bool renormalize, "
+      "float temperature, Tensor? token_mask, bool check_finite) -> (Tensor expert_ids, Tensor expert_weights, "
+      "Tensor tokens_per_expert, Tensor probabilities, Tensor probability_sum, Tensor entropy, Tensor logsumexp)",
+      tags);
   m.def(
       "top_k_gating(Tensor logits, int k, bool renormalize, float temperature, Tensor? token_mask, bool check_finite) "
       "-> (Tensor expert_ids, Tensor expert_weights, Tensor tokens_per_expert, Tensor probabilities, "
@@ -71,6 +77,10 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       "permute(Tensor expert_ids, int num_experts, bool static_rows=False) -> (Tensor tokens_per_expert, "
       "Tensor expert_offsets, Tensor row_token, Tensor row_slot, Tensor slot_row)",
       dynamic_tags);
+  m.def("float32_linear(Tensor x, Tensor weight) -> Tensor", tags);
+  m.def("float32_linear_dx(Tensor d_logits, Tensor weight, ScalarType dtype) -> Tensor", tags);
+  m.def("float32_linear_dw(Tensor d_logits, Tensor x) -> Tensor", tags);
+
   m.def("combine(Tensor rows, Tensor? weights, Tensor slot_row) -> Tensor", tags);
   m.def(
       "combine_backward(Tensor dy, Tensor rows, Tensor? weights, Tensor slot_row, bool need_rows, bool need_weights) "

@@ -226,8 +226,8 @@ Tensor expert_mlp_prepacked(const Tensor& x_in, const Tensor& packed_in, int64_t
 
 template <class Backend>
 void bind(torch::stable::detail::StableLibrary& m) {
-  m.impl("expert_mlp", TORCH_BOX(&expert_mlp<Backend>));
-  m.impl("expert_mlp_backward", TORCH_BOX(&expert_mlp_backward<Backend>));
+  m.impl("expert_mlp", TORCH_BOX(&Operator<&expert_mlp<Backend>>::call));
+  m.impl("expert_mlp_backward", TORCH_BOX(&Operator<&expert_mlp_backward<Backend>>::call));
 }
 
 }  // namespace
@@ -236,8 +236,8 @@ void bind(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_IMPL(dynamic_moe, CPU, m) {
   using namespace dynamic_moe::bindings;
   bind<Cpu>(m);
-  m.impl("prepack_experts", TORCH_BOX(&prepack_experts));
-  m.impl("expert_mlp_prepacked", TORCH_BOX(&expert_mlp_prepacked));
+  m.impl("prepack_experts", TORCH_BOX(&Operator<&prepack_experts>::call));
+  m.impl("expert_mlp_prepacked", TORCH_BOX(&Operator<&expert_mlp_prepacked>::call));
 }
 #ifdef DYNAMIC_MOE_CUDA_TOOLKIT
 STABLE_TORCH_LIBRARY_IMPL(dynamic_moe, CUDA, m) { dynamic_moe::bindings::bind<dynamic_moe::bindings::Cuda>(m); }

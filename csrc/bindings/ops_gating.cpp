@@ -16,6 +16,7 @@ using GatingOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 struct GatingRule {
   bool is_top_p;
   double top_p;
+  const double* device_top_p;
   ThresholdRule rule;
   const char* max_experts_name;  // what the caller knows K by
   int64_t max_experts;
@@ -64,6 +65,7 @@ GatingOutputs gating(const Tensor& logits_in, const GatingRule& rule, bool renor
                             .max_experts = static_cast<int32_t>(k),
                             .is_top_p = rule.is_top_p,
                             .top_p = rule.top_p,
+                            .device_top_p = rule.device_top_p,
                             .rule = rule.rule,
                             .renormalize = renormalize,
                             .temperature = temperature,
@@ -83,23 +85,55 @@ GatingOutputs gating(const Tensor& logits_in, const GatingRule& rule, bool renor
   return {expert_ids, expert_weights, tokens_per_expert, probabilities, probability_sum, entropy, logsumexp};
 }
 
+void check_top_p(double top_p) {
+  if (!(top_p > 0 && top_p <= 1)) fail("top_p must be in (0, 1], got ", top_p);
+}
+
 template <class Backend>
 GatingOutputs top_p_gating(const Tensor& logits, double top_p, int64_t max_experts, bool strict, bool renormalize,
                            double temperature, const OptionalTensor& token_mask, bool check_finite) {
-  if (!(top_p > 0 && top_p <= 1)) fail("top_p must be in (0, 1], got ", top_p);
+  check_top_p(top_p);
   const GatingRule rule{.is_top_p = true,
                         .top_p = top_p,
+                        .device_top_p = nullptr,
                         .rule = strict ? ThresholdRule::kReleased : ThresholdRule::kPaper,
                         .max_experts_name = "max_experts",
                         .max_experts = max_experts};
   return gating<Backend>(logits, rule, renormalize, temperature, token_mask, check_finite);
 }
 
+// A p in the host's memory is read here and checked; one on the device is read there, and must be in (0, 1].
+template <class Backend>
+GatingOutputs top_p_gating_tensor(const Tensor& logits, const Tensor& top_p, int64_t max_experts, bool strict,
+                                  bool renormalize, double temperature, const OptionalTensor& token_mask,
+                                  bool check_finite) {
+  if (top_p.scalar_type() != ScalarType::Double || top_p.numel() != 1) {
+    fail("top_p must be a float64 tensor of one element, got ", dtype_name(top_p.scalar_type()), " of ", top_p.numel());
+  }
+  if (top_p.is_cpu()) {
+    return top_p_gating<Backend>(logits, *data<double>(top_p), max_experts, strict, renormalize, temperature,
+                                 token_mask, check_finite);
+  }
+  if constexpr (Backend::kReadsValues) {
+    fail("top_p must be on the CPU like the other arguments");
+  } else {
+    const Tensor value = Backend("logits", logits).checked("top_p", top_p, ScalarType::Double, {});
+    const GatingRule rule{.is_top_p = true,
+                          .top_p = 1.0,
+                          .device_top_p = data<double>(value),
+                          .rule = strict ? ThresholdRule::kReleased : ThresholdRule::kPaper,
+                          .max_experts_name = "max_experts",
+                          .max_experts = max_experts};
+    return gating<Backend>(logits, rule, renormalize, temperature, token_mask, check_finite);
+  }
+}
+
 template <class Backend>
 GatingOutputs top_k_gating(const Tensor& logits, int64_t k, bool renormalize, double temperature,
                            const OptionalTensor& token_mask, bool check_finite) {
   const GatingRule rule{
-      .is_top_p = false, .top_p = 1.0, .rule = ThresholdRule::kPaper, .max_experts_name = "k", .max_experts = k};
+      .is_top_p = false, .top_p = 1.0, .device_top_p = nullptr, .rule = ThresholdRule::kPaper,
+      .max_experts_name = "k", .max_experts = k};
   return gating<Backend>(logits, rule, renormalize, temperature, token_mask, check_finite);
 }
 
@@ -159,9 +193,10 @@ Tensor gating_backward(const Tensor& probabilities_in, const Tensor& expert_ids_
 
 template <class Backend>
 void bind(torch::stable::detail::StableLibrary& m) {
-  m.impl("top_p_gating", TORCH_BOX(&top_p_gating<Backend>));
-  m.impl("top_k_gating", TORCH_BOX(&top_k_gating<Backend>));
-  m.impl("gating_backward", TORCH_BOX(&gating_backward<Backend>));
+  m.impl("top_p_gating", TORCH_BOX(&Operator<&top_p_gating<Backend>>::call));
+  m.impl("top_p_gating.tensor", TORCH_BOX(&Operator<&top_p_gating_tensor<Backend>>::call));
+  m.impl("top_k_gating", TORCH_BOX(&Operator<&top_k_gating<Backend>>::call));
+  m.impl("gating_backward", TORCH_BOX(&Operator<&gating_backward<Backend>>::call));
 }
 
 }  // namespace

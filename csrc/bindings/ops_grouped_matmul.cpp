@@ -134,9 +134,9 @@ Tensor grouped_matmul_dw(const Tensor& dy_in, const Tensor& x_in, const Tensor& 
 
 template <class Backend>
 void bind(torch::stable::detail::StableLibrary& m) {
-  m.impl("grouped_matmul", TORCH_BOX(&grouped_matmul<Backend>));
-  m.impl("grouped_matmul_dx", TORCH_BOX(&grouped_matmul_dx<Backend>));
-  m.impl("grouped_matmul_dw", TORCH_BOX(&grouped_matmul_dw<Backend>));
+  m.impl("grouped_matmul", TORCH_BOX(&Operator<&grouped_matmul<Backend>>::call));
+  m.impl("grouped_matmul_dx", TORCH_BOX(&Operator<&grouped_matmul_dx<Backend>>::call));
+  m.impl("grouped_matmul_dw", TORCH_BOX(&Operator<&grouped_matmul_dw<Backend>>::call));
 }
 
 }  // namespace

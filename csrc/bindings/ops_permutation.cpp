@@ -138,9 +138,9 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& dy_in, const Tensor& r
 
 template <class Backend>
 void bind(torch::stable::detail::StableLibrary& m) {
-  m.impl("permute", TORCH_BOX(&permute<Backend>));
-  m.impl("combine", TORCH_BOX(&combine<Backend>));
-  m.impl("combine_backward", TORCH_BOX(&combine_backward<Backend>));
+  m.impl("permute", TORCH_BOX(&Operator<&permute<Backend>>::call));
+  m.impl("combine", TORCH_BOX(&Operator<&combine<Backend>>::call));
+  m.impl("combine_backward", TORCH_BOX(&Operator<&combine_backward<Backend>>::call));
 }
 
 }  // namespace

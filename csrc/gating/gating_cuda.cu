@@ -77,7 +77,7 @@ void gating_cuda(const GatingParams& p, int32_t* non_finite_tokens, Workspace wo
   launch.staged_slots = gating_staged_slots(policy, p.max_experts);
   launch.temperature = temperature_of(p.temperature);
   launch.top_p = static_cast<float>(p.top_p);
-  launch.stops_at_mass = p.is_top_p && p.top_p < 1.0;
+  launch.stops_at_mass = p.is_top_p && (p.device_top_p != nullptr || p.top_p < 1.0);
   launch.vector_experts = has_vector_rows(p.logits, size_of(p.logits_dtype), p.num_experts) &&
                           has_vector_rows(p.probabilities, sizeof(float), p.num_experts);
   launch.vector_slots = tokens_per_warp(policy) * p.max_experts % 4 == 0 && is_aligned(p.expert_ids, 16) &&

@@ -37,7 +37,7 @@ struct GatingLaunch {
   int64_t tokens_per_chunk;
   int staged_slots;  // of a warp
   float temperature, top_p;
-  bool stops_at_mass;   // false: K experts, whatever they weigh
+  bool stops_at_mass;   // false: K experts, whatever they weigh; true: unless p, where the device holds it, is 1
   bool vector_experts;  // rows of [T, E] may be read and written four elements at a time
   bool vector_slots;    // and the rows of [T, K] that a warp writes, together
 };
@@ -223,6 +223,8 @@ __device__ inline int select_experts(const GatingLaunch& launch, const Lanes& la
                                      float (&probability)[kExpertsPerLane], int32_t* ids, float* weights,
                                      int32_t* tokens_per_expert, float& mass) {
   const GatingParams& p = launch.params;
+  const float top_p = p.device_top_p == nullptr ? launch.top_p : static_cast<float>(load_global(p.device_top_p));
+  const bool stops_at_mass = launch.stops_at_mass && top_p < 1.0f;
   mass = 0.0f;
   int selected = 0;
   for (int k = 0; k < p.max_experts && __any_sync(kWholeWarp, routed); ++k) {
@@ -239,9 +241,7 @@ __device__ inline int select_experts(const GatingLaunch& launch, const Lanes& la
     }
     mass += best.probability;
     selected = k + 1;
-    if (launch.stops_at_mass) {
-      routed = p.rule == ThresholdRule::kPaper ? mass < launch.top_p : mass <= launch.top_p;
-    }
+    if (stops_at_mass) routed = p.rule == ThresholdRule::kPaper ? mass < top_p : mass <= top_p;
   }
   return selected;
 }

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
-from dynamic_moe import _C  # noqa: F401  registers torch.ops.dynamic_moe
+from dynamic_moe.ops._torch_private import raise_value_errors, refuse_tangents
 
 raw = torch.ops.dynamic_moe
+raise_value_errors()
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
@@ -58,6 +58,7 @@ def sac_save_ops() -> list[OpOverload]:
     """
     return [
         raw.top_p_gating.default,
+        raw.top_p_gating.tensor,
         raw.top_k_gating.default,
         raw.permute.default,
         raw.grouped_matmul.default,
@@ -166,15 +167,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def register_fake(op: OpOverload) -> Callable[[Fake], Fake]:
     """Decorate the function that tells shapes and dtypes of an operator's results (`torch.library.register_fake`)."""
-    decorate: Callable[[Fake], Fake] = torch.library.register_fake(_schema_name(op))
+    decorate: Callable[[Fake], Fake] = torch.library.register_fake(op)
     return decorate
 
 
 def differentiable(
-    op: OpOverload,
-    backward_ops: tuple[OpOverload, ...],
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
-    backward: Callable[..., Any],
+    op: OpOverload, setup_context: Callable[[Any, tuple[Any, ...], Any], None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Give a raw operator its gradient, and return the function through which the public functions call it.
 
@@ -183,28 +181,27 @@ def differentiable(
     itself does, also where no gradient is needed; the returned function goes around it: through an
     ``autograd.Function`` made of the same two halves, or straight to the kernel.
 
+    Neither path has a forward-mode derivative: a tensor that carries a tangent is an error, never a tangent of zero.
+
     Parameters
     ----------
     op : OpOverload
         The raw operator.
-    backward_ops : tuple of OpOverload
-        The raw operators that ``backward`` calls. They get a formula that raises: there is no second derivative.
     setup_context : callable
         ``setup_context(ctx, inputs, output)``: keeps what the backward pass needs.
     backward : callable
-        ``backward(ctx, *grads)``: one gradient or None for each input.
+        ``backward(ctx, *grads)``: one gradient or None for each input. What it calls must be differentiable again, or
+        made by `differentiable_once`: a gradient must not lose what it depends on without an error.
 
     Returns
     -------
     callable
         Takes the operator's arguments by position and returns its results.
     """
-    name = _schema_name(op)
-    torch.library.register_autograd(name, backward, setup_context=setup_context)
-    for backward_op in backward_ops:
-        torch.library.register_autograd(_schema_name(backward_op), _no_second_derivative)
-    function = _eager_function(name, op, setup_context, backward)
-    functorch_function = _functorch_function(name, op, setup_context, backward)
+    torch.library.register_autograd(op, backward, setup_context=setup_context)
+    refuse_tangents(op)
+    function = _eager_function(op, setup_context, backward)
+    functorch_function = _functorch_function(op, setup_context, backward)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -220,15 +217,39 @@ def differentiable(
     return call
 
 
-def _schema_name(op: OpOverload) -> str:
-    return f"{op.namespace}::{op._opname}"
+def differentiable_once(op: OpOverload) -> Callable[..., Any]:
+    """Return the function through which a backward pass calls the raw operator of its gradients.
+
+    The result is a node of the graph wherever one of the arguments requires a gradient (``create_graph=True``,
+    ``torch.func.grad`` of ``grad``), and differentiating it raises. ``once_differentiable`` of torch would not do: it
+    looks at incoming gradients alone and leaves its node without a way to the saved tensors, so that a Hessian is
+    silently zero.
+
+    Parameters
+    ----------
+    op : OpOverload
+        The raw operator.
+
+    Returns
+    -------
+    callable
+        Takes the operator's arguments by position and returns its results.
+    """
+    return differentiable(op, _keep_nothing, _no_second_derivative)
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("the operators of dynamic_moe can be differentiated once only")
+    raise RuntimeError(
+        "a second derivative was asked for: gating, permutation and expert products of dynamic_moe have a first "
+        "derivative only; dynamic_moe.reference holds the same functions in PyTorch, differentiable any number of times"
+    )
 
 
-def _eager_function(name: str, op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
+def _eager_function(op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
     """Make the autograd.Function of eager mode, in the form that costs least to call."""
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -239,18 +260,20 @@ def _eager_function(name: str, op: OpOverload, setup_context: Callable[..., None
 
     # The backward half must not run below autograd: unpacking the saved tensors recomputes a checkpointed region, and
     # that forward pass has to be recorded.
-    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
-    return type(name.replace("::", "_"), (torch.autograd.Function,), members)
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(_class_name(op), (torch.autograd.Function,), members)
 
 
-def _functorch_function(
-    name: str, op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Any:
+def _functorch_function(op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
     """Make the autograd.Function that torch.func's transforms accept."""
     members = {
         "forward": staticmethod(lambda *args: op(*args)),
         "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(once_differentiable(backward)),
+        "backward": staticmethod(backward),
         "generate_vmap_rule": True,
     }
-    return type(f"{name.replace('::', '_')}_functorch", (torch.autograd.Function,), members)
+    return type(f"{_class_name(op)}_functorch", (torch.autograd.Function,), members)
+
+
+def _class_name(op: OpOverload) -> str:
+    return op.name().replace("::", "_").replace(".", "_")

@@ -18,6 +18,7 @@ from dynamic_moe.ops._common import (
     check_float64,
     check_tensor,
     differentiable,
+    differentiable_once,
     needs_grad,
     raw,
     register_fake,
@@ -167,7 +168,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     if not saved:
         raise RuntimeError("expert_mlp ran with keep_pre_activation=False, as it does under torch.no_grad: no gradient")
     need_x, need_gate_up, need_down, need_weights = ctx.needs_input_grad[:4]
-    dx, d_gate_up, d_down, d_weights = raw.expert_mlp_backward.default(
+    dx, d_gate_up, d_down, d_weights = _expert_mlp_backward(
         dy, *saved, need_x, need_gate_up or need_down, need_weights, ctx.allow_tf32
     )
     return (
@@ -179,7 +180,8 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     )
 
 
-_expert_mlp = differentiable(raw.expert_mlp.default, (raw.expert_mlp_backward.default,), _setup, _backward)
+_expert_mlp_backward = differentiable_once(raw.expert_mlp_backward.default)
+_expert_mlp = differentiable(raw.expert_mlp.default, _setup, _backward)
 
 
 @register_flop_formula(raw.expert_mlp)

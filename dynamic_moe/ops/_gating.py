@@ -18,6 +18,7 @@ from dynamic_moe.ops._common import (
     check_tensor,
     checked_mode,
     differentiable,
+    differentiable_once,
     raw,
     register_fake,
 )
@@ -57,7 +58,7 @@ class Gating(NamedTuple):
 
 def top_p_gating(
     logits: Tensor,
-    p: float = 0.4,
+    p: float | Tensor = 0.4,
     *,
     max_experts: int | None = None,
     threshold_rule: ThresholdRule = "paper",
@@ -77,8 +78,11 @@ def top_p_gating(
     logits : Tensor
         [T, E], float32, float64, bfloat16 or float16; the arithmetic is float32 (float64 for float64). A logit of
         -infinity disables the expert for the token.
-    p : float, default 0.4
-        Mass to reach, in (0, 1]. 1 selects ``max_experts`` experts.
+    p : float or Tensor, default 0.4
+        Mass to reach, in (0, 1]. 1 selects ``max_experts`` experts. As a tensor of one element, on the CPU or on the
+        device of the logits, it may change from call to call without ``torch.compile`` compiling anew, and in a CUDA
+        graph. It has no gradient. On a CUDA device its value is not checked: up to 0 (and NaN) it gives one expert, from
+        1 on ``max_experts``.
     max_experts : int, optional
         K, in [1, E]. Default: E, which is exact.
     threshold_rule : {"paper", "released"}, default "paper"
@@ -104,13 +108,16 @@ def top_p_gating(
         If an argument is out of the bounds above.
     """
     num_experts = check_gating(logits, temperature, token_mask)
-    check_threshold(p, threshold_rule)
+    check_threshold(p, threshold_rule, logits.device)
     if max_experts is None:
         max_experts = num_experts
     check_count("max_experts", max_experts, num_experts)
     strict = threshold_rule == "released"
     check_finite = checked_mode() if check_finite is None else check_finite
-    return Gating(*_top_p(logits, p, max_experts, strict, renormalize, temperature, token_mask, check_finite))
+    call = _top_p
+    if isinstance(p, Tensor):
+        call, p = _top_p_tensor, p.detach().to(torch.float64)
+    return Gating(*call(logits, p, max_experts, strict, renormalize, temperature, token_mask, check_finite))
 
 
 def top_k_gating(
@@ -168,10 +175,17 @@ def check_gating(logits: Tensor, temperature: float, token_mask: Tensor | None) 
     return num_experts
 
 
-def check_threshold(p: float, threshold_rule: str) -> None:
-    """Check what the top-p rule alone has."""
-    if not 0 < p <= 1:
-        raise ValueError(f"p must be in (0, 1], got {p}")
+def check_threshold(p: float | Tensor, threshold_rule: str, device: torch.device) -> None:
+    """Check what the top-p rule alone has. What a tensor holds is the kernel's to check."""
+    if isinstance(p, Tensor):
+        if p.numel() != 1 or not p.is_floating_point():
+            raise ValueError(
+                f"p must be a number or a floating-point tensor of one element, got {p.dtype} {list(p.shape)}"
+            )
+        if p.device.type != "cpu" and p.device != device:
+            raise ValueError(f"p must be on the CPU or on {device} like logits, got {p.device}")
+    elif not 0 < p <= 1:
+        raise ValueError(f"p must be in (0, 1], got {p!r}")
     if threshold_rule not in ("paper", "released"):
         raise ValueError(f"threshold_rule must be 'paper' or 'released', got {threshold_rule!r}")
 
@@ -200,6 +214,20 @@ def _fake_outputs(logits: Tensor, max_experts: int) -> tuple[Tensor, ...]:
 def _top_p_fake(
     logits: Tensor,
     top_p: float,
+    max_experts: int,
+    strict: bool,
+    renormalize: bool,
+    temperature: float,
+    token_mask: Tensor | None,
+    check_finite: bool,
+) -> tuple[Tensor, ...]:
+    return _fake_outputs(logits, max_experts)
+
+
+@register_fake(raw.top_p_gating.tensor)
+def _top_p_tensor_fake(
+    logits: Tensor,
+    top_p: Tensor,
     max_experts: int,
     strict: bool,
     renormalize: bool,
@@ -241,7 +269,7 @@ def _logits_gradient(ctx: Any, grads: tuple[Tensor | None, ...]) -> Tensor | Non
     if all(grad is None for grad in floats):
         return None
     probabilities, expert_ids, entropy, token_mask = ctx.saved_tensors
-    gradient: Tensor = raw.gating_backward.default(
+    gradient: Tensor = _gating_backward(
         probabilities, expert_ids, entropy, token_mask, *floats, ctx.renormalize, ctx.temperature, ctx.logits_dtype
     )
     return gradient
@@ -265,8 +293,10 @@ def _top_k_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     return _logits_gradient(ctx, grads), None, None, None, None, None
 
 
-_top_p = differentiable(raw.top_p_gating.default, (raw.gating_backward.default,), _top_p_setup, _top_p_backward)
-_top_k = differentiable(raw.top_k_gating.default, (), _top_k_setup, _top_k_backward)
+_gating_backward = differentiable_once(raw.gating_backward.default)
+_top_p = differentiable(raw.top_p_gating.default, _top_p_setup, _top_p_backward)
+_top_p_tensor = differentiable(raw.top_p_gating.tensor, _top_p_setup, _top_p_backward)
+_top_k = differentiable(raw.top_k_gating.default, _top_k_setup, _top_k_backward)
 
 
 @register_flop_formula([raw.top_p_gating, raw.top_k_gating, raw.gating_backward])

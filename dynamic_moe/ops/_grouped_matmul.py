@@ -17,6 +17,7 @@ from dynamic_moe.ops._common import (
     check_float64,
     check_tensor,
     differentiable,
+    differentiable_once,
     raw,
     register_fake,
 )
@@ -104,15 +105,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, expert_offsets, row_token = ctx.saved_tensors
     dx = dw = None
     if ctx.needs_input_grad[0]:
-        dx = raw.grouped_matmul_dx.default(dy, weight, expert_offsets, row_token, ctx.num_tokens, ctx.allow_tf32)
+        dx = _grouped_matmul_dx(dy, weight, expert_offsets, row_token, ctx.num_tokens, ctx.allow_tf32)
     if ctx.needs_input_grad[1]:
-        dw = raw.grouped_matmul_dw.default(dy, x, expert_offsets, row_token, ctx.allow_tf32)
+        dw = _grouped_matmul_dw(dy, x, expert_offsets, row_token, ctx.allow_tf32)
     return dx, dw, None, None, None
 
 
-_grouped_matmul = differentiable(
-    raw.grouped_matmul.default, (raw.grouped_matmul_dx.default, raw.grouped_matmul_dw.default), _setup, _backward
-)
+_grouped_matmul_dx = differentiable_once(raw.grouped_matmul_dx.default)
+_grouped_matmul_dw = differentiable_once(raw.grouped_matmul_dw.default)
+_grouped_matmul = differentiable(raw.grouped_matmul.default, _setup, _backward)
 
 
 @register_flop_formula(raw.grouped_matmul)

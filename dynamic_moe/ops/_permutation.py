@@ -16,6 +16,7 @@ from dynamic_moe.ops._common import (
     check_float64,
     check_tensor,
     differentiable,
+    differentiable_once,
     raw,
     register_fake,
 )
@@ -149,11 +150,12 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _combine_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     rows, weights, slot_row = ctx.saved_tensors
     need_rows, need_weights, _ = ctx.needs_input_grad
-    d_rows, d_weights = raw.combine_backward.default(dy, rows, weights, slot_row, need_rows, need_weights)
+    d_rows, d_weights = _combine_backward_op(dy, rows, weights, slot_row, need_rows, need_weights)
     return d_rows if need_rows else None, d_weights if need_weights else None, None
 
 
-_combine = differentiable(raw.combine.default, (raw.combine_backward.default,), _combine_setup, _combine_backward)
+_combine_backward_op = differentiable_once(raw.combine_backward.default)
+_combine = differentiable(raw.combine.default, _combine_setup, _combine_backward)
 
 
 @register_flop_formula([raw.permute, raw.combine, raw.combine_backward])

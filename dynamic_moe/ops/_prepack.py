@@ -189,7 +189,7 @@ def _prepack_backward(ctx: Any, d_packed: Tensor | None) -> tuple[None, ...]:
     raise RuntimeError("prepack_experts has no gradient")
 
 
-_expert_mlp_prepacked = differentiable(raw.expert_mlp_prepacked.default, (), _setup, _backward)
+_expert_mlp_prepacked = differentiable(raw.expert_mlp_prepacked.default, _setup, _backward)
 torch.library.register_autograd("dynamic_moe::prepack_experts", _prepack_backward, setup_context=_setup)
 
 

@@ -2,7 +2,9 @@
 """Top-p routing."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -54,25 +56,44 @@ class TopPRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
-        if not 0.0 < p <= 1.0:
-            raise ValueError(f"p must be in (0, 1], got {p!r}")
+        # On the CPU whatever the default device is, also where modules are built on the meta device: p is no weight.
+        self._p_tensor = torch.empty((), dtype=torch.float64, device="cpu")
+        self.p = p
         if max_experts is not None and check_positive("max_experts", max_experts) > num_experts:
             raise ValueError(f"max_experts must be at most num_experts={num_experts}, got {max_experts}")
         if threshold_rule not in ("paper", "released"):
             raise ValueError(f"threshold_rule must be 'paper' or 'released', got {threshold_rule!r}")
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
-        self.p = p
         self.max_experts = max_experts
         self.renormalize = renormalize
         self.threshold_rule = threshold_rule
         self.temperature = temperature
 
+    @property
+    def p(self) -> float:
+        """Mass to reach, in (0, 1]. Setting it, in every step if need be, compiles nothing anew."""
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        if not isinstance(value, Real) or not 0.0 < value <= 1.0:
+            raise ValueError(f"p must be a number in (0, 1], got {value!r}")
+        self._p = float(value)
+        self._p_tensor.fill_(self._p)  # in place: a CUDA graph reads this very memory
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self.weight.is_meta:
+            self._p_tensor = self._p_tensor.to(self.weight.device)  # the device of the weights, never their dtype
+        return self
+
     def select(self, logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Routing:
         """Apply the rule to ``[T, E]`` logits."""
         gating = ops.top_p_gating(
             logits_TE,
-            self.p,
+            # A number that changes would be compiled anew each time; eager mode takes less time for a number.
+            self._p_tensor if torch.compiler.is_compiling() else self._p,
             max_experts=self.max_experts,
             threshold_rule=self.threshold_rule,
             renormalize=self.renormalize,

@@ -28,6 +28,9 @@ OPERATORS = [
     "expert_mlp",
     "expert_mlp_backward",
     "expert_mlp_prepacked",
+    "float32_linear",
+    "float32_linear_dw",
+    "float32_linear_dx",
     "gating_backward",
     "grouped_matmul",
     "grouped_matmul_dw",
@@ -73,6 +76,16 @@ def gradients(block: Block, call: Callable[[Tensor], Any], x: Tensor) -> list[Te
     return [*outputs, *torch.autograd.grad(loss, [leaf, *block.parameters()])]
 
 
+def linear_calls() -> list[tuple[Any, tuple[Any, ...]]]:
+    """The three products of a router, of float32 alone."""
+    x, weight, d_logits = (torch.randn(*shape, requires_grad=True) for shape in ((9, H), (E, H), (9, E)))
+    return [
+        (raw.float32_linear.default, (x, weight)),
+        (raw.float32_linear_dx.default, (d_logits, weight, torch.float32)),
+        (raw.float32_linear_dw.default, (d_logits, x)),
+    ]
+
+
 def raw_calls() -> list[Any]:
     """One call of every raw operator, as arguments that want a gradient where they can have one."""
     problem = make_problem(grad=True)
@@ -88,6 +101,11 @@ def raw_calls() -> list[Any]:
     tail = (True, 0.7, torch.float64)
     return [
         pytest.param(raw.top_p_gating.default, (plain, 0.6, E, False, True, 0.7, mask, False), id="top_p_gating"),
+        pytest.param(
+            raw.top_p_gating.tensor,
+            (plain, torch.tensor(0.6, dtype=torch.float64), E, False, True, 0.7, mask, False),
+            id="top_p_gating of a tensor",
+        ),
         pytest.param(raw.top_k_gating.default, (plain, 2, True, 1.0, None, False), id="top_k_gating"),
         pytest.param(
             raw.gating_backward.default,
@@ -120,6 +138,7 @@ def raw_calls() -> list[Any]:
             (x, x, gate_up, down, weights, *index, wide, False, True, False),
             id="expert_mlp_backward of the projections alone",
         ),
+        *(pytest.param(op, arguments, id=op._opname) for op, arguments in linear_calls()),
         pytest.param(raw.prepack_experts.default, (gate_up.float(), down.float()), id="prepack_experts"),
         pytest.param(
             raw.expert_mlp_prepacked.default,
@@ -374,39 +393,76 @@ def test_selective_checkpointing_compiles() -> None:
         assert_close(a, b)
 
 
-def test_a_second_derivative_raises() -> None:
-    problem = make_problem(grad=True)
-    p = problem.permutation
-    for call in (
-        lambda: problem.expert_mlp(),
-        lambda: ops.grouped_matmul(problem.x, problem.gate_up_proj, p.expert_offsets, p.row_token),
-        lambda: raw.grouped_matmul(problem.x, problem.gate_up_proj, p.expert_offsets, p.row_token),
-        lambda: raw.expert_mlp(*problem.floats, p.expert_offsets, p.row_token, p.row_slot, True)[0],
-    ):
-        (gradient,) = torch.autograd.grad(call().square().sum(), problem.x, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"twice|once only"):
-            gradient.sum().backward()
+def scalar_calls() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Each operator as a function of one number that has a second derivative; x itself is added to it."""
+    gate_up = torch.tensor([[[1.3], [0.9]]], dtype=torch.float64)
+    down = torch.tensor([[[1.1]]], dtype=torch.float64)
+    ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.float64)
+    p = ops.permute(ids, 1)
+    index = (p.expert_offsets, p.row_token, p.row_slot)
+    spread = torch.tensor([[1.0, -0.5]], dtype=torch.float64)
+
+    def product(x: Tensor) -> Tensor:
+        return ops.grouped_matmul(x.reshape(1, 1), x.reshape(1, 1, 1), p.expert_offsets)
+
+    return {
+        "expert_mlp": lambda x: ops.expert_mlp(x.reshape(1, 1), gate_up, down, ids, weights, p),
+        "expert_mlp through torch.ops": lambda x: raw.expert_mlp(x.reshape(1, 1), gate_up, down, weights, *index, True)[0],
+        "top_p_gating": lambda x: ops.top_p_gating(x * spread, 0.9).expert_weights[:, :1],
+        "top_p_gating of a tensor": lambda x: ops.top_p_gating(x * spread, torch.tensor(0.9)).entropy,
+        "top_k_gating": lambda x: ops.top_k_gating(x * spread, 1).logsumexp,
+        "grouped_matmul": product,
+        "combine": lambda x: ops.combine(x.reshape(1, 1), x.reshape(1, 1), p.slot_row),
+    }
+
+
+SECOND_DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "hessian": lambda f, x: torch.autograd.functional.hessian(f, x),
+    "hvp": lambda f, x: torch.autograd.functional.hvp(f, x, torch.ones_like(x)),
+    "jvp by double backward": lambda f, x: torch.autograd.functional.jvp(f, x, torch.ones_like(x)),
+    "grad of grad": lambda f, x: torch.func.grad(torch.func.grad(f))(x),
+    "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(f))(x),
+    "hessian of torch.func": lambda f, x: torch.func.hessian(f)(x),
+    "loss of a gradient": lambda f, x: torch.autograd.grad(
+        torch.autograd.grad(f(x), x, create_graph=True)[0].square(), x, allow_unused=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("way", SECOND_DERIVATIVES)
+@pytest.mark.parametrize("name", scalar_calls())
+def test_a_second_derivative_raises_and_a_first_one_does_not(name: str, way: str) -> None:
+    call = scalar_calls()[name]
+    x = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return call(x).sum() + x
+
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    (plain,) = torch.autograd.grad(function(x), x)
+    assert torch.equal(gradient, plain)
+    assert plain != 1.0
+    with pytest.raises((RuntimeError, NotImplementedError), match="second derivative|jvp|functorch transforms"):
+        SECOND_DERIVATIVES[way](function, x)
 
 
 def test_forward_mode_raises() -> None:
-    problem = make_problem()
-    p = problem.permutation
+    for name, call in scalar_calls().items():
+        x = torch.tensor(0.7, dtype=torch.float64)
+        error, match = (RuntimeError, "no forward-mode") if "torch.ops" in name else (NotImplementedError, "jvp")
+        with forward_ad.dual_level(), pytest.raises(error, match=match):
+            call(forward_ad.make_dual(x, torch.ones_like(x)))
+        with pytest.raises(error, match=match):
+            torch.func.jvp(call, (x,), (x,))
 
-    def calls(x: Tensor) -> list[Callable[[], Any]]:
-        return [
-            lambda: ops.expert_mlp(
-                x, problem.gate_up_proj, problem.down_proj, problem.expert_ids, problem.expert_weights
-            ),
-            lambda: ops.grouped_matmul(x, problem.gate_up_proj, p.expert_offsets, p.row_token),
-            lambda: ops.combine(x, None, torch.zeros(2, 1, dtype=torch.int32)),
-            lambda: ops.top_p_gating(x).expert_weights,
-        ]
 
-    for index in range(4):
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-            calls(forward_ad.make_dual(problem.x, torch.ones_like(problem.x)))[index]()
-        with pytest.raises(NotImplementedError, match="jvp"):
-            torch.func.jvp(lambda x, index=index: calls(x)[index](), (problem.x,), (problem.x,))
+def test_forward_mode_raises_in_an_exported_program() -> None:
+    block = Block().requires_grad_(False)
+    exported = torch.export.export(block, (torch.randn(6, H),)).module()
+    x = torch.randn(6, H)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="top_p_gating has no forward-mode"):
+        exported(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """top_p_gating and top_k_gating: the rules, the worked numbers, the edges, the errors."""
 
+import copy
 import math
+import pickle
 import re
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from dynamic_moe import ops, reference
+from dynamic_moe import DynamicMoE, TopPRouter, ops, reference
 
 LOGITS = [[2.0, 0.0, -1.0, 0.5], [0.2, 0.1, 0.0, -0.1], [1.0, 0.8, 0.0, -2.0], [-0.5, 0.9, 0.7, 0.3]]
 FLOATS = ("expert_weights", "probabilities", "probability_sum", "entropy", "logsumexp")
@@ -228,3 +230,49 @@ def test_gradient_has_the_dtype_of_the_logits(dtype: torch.dtype) -> None:
 def test_errors_name_the_argument_the_value_and_the_bound(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_threshold_that_changes_is_compiled_once() -> None:
+    torch._dynamo.reset()
+    layers = [DynamicMoE(6, 4, 5, top_p=(index + 1) / 50) for index in range(50)]
+    x = torch.randn(9, 6)
+    for layer in layers:  # a p of its own for each layer
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert_close(y, layer(x))
+        y.sum().backward()
+    compiled = torch.compile(layers[0], fullgraph=True, backend="aot_eager")
+    for index in range(50):  # a p that a controller moves
+        layers[0].router.p = 1 - index / 50
+        assert_close(compiled(x), layers[0](x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_as_threshold_is_the_number(dtype: torch.dtype) -> None:
+    logits = torch.randn(64, 9, dtype=dtype)
+    for p in (1e-6, 0.4, 0.9, 1.0):
+        for rule in ("paper", "released"):
+            number = ops.top_p_gating(logits, p, threshold_rule=rule)  # type: ignore[arg-type]
+            tensor = ops.top_p_gating(logits, torch.tensor([p], dtype=torch.float64), threshold_rule=rule)  # type: ignore[arg-type]
+            assert all(torch.equal(a, b) for a, b in zip(number, tensor, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.0, -1.0, 1.5, math.nan, torch.tensor(0.0), torch.tensor([0.1, 0.2]), torch.tensor(1)])
+def test_thresholds_out_of_range(p: Any) -> None:
+    with pytest.raises(ValueError, match=r"\bp must be (a number or|in \(0, 1\], got)|top_p must be in \(0, 1\]"):
+        ops.top_p_gating(torch.randn(3, 4), p)
+    router = TopPRouter(4, 3, p=0.3)
+    with pytest.raises(ValueError, match=r"p must be a number in \(0, 1\]"):
+        router.p = p
+    assert router.p == 0.3
+
+
+def test_the_threshold_of_a_router_keeps_its_value_through_casts_and_devices() -> None:
+    with torch.device("meta"):
+        router = TopPRouter(4, 3, p=0.3)
+    router = router.to_empty(device="cpu").bfloat16()
+    router.reset_parameters()
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    x = torch.randn(50, 4, dtype=torch.bfloat16)
+    for copied in (router, compiled, copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
+        assert torch.equal(copied(x).expert_ids, ops.top_p_gating(router.logits(x), 0.3).expert_ids)
