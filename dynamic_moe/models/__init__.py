@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dynamic MoE language models for Hugging Face Transformers, and the checkpoints of the release.
 
-Importing this module registers the model type ``dynamic_moe`` with the Auto classes.
+Importing this module registers the model type ``dynamic_moe`` with the Auto classes, and imports
+:mod:`dynamic_moe.integrations`.
 """
 
 try:
@@ -14,6 +15,7 @@ except ImportError as error:
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import dynamic_moe.integrations  # noqa: F401  warns of an untested transformers, and restores p that was saved
 from dynamic_moe.models.activation_router import ActivationDtypeTopPRouter
 from dynamic_moe.models.configuration import DynamicMoEConfig
 from dynamic_moe.models.modeling import (

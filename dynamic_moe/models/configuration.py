@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from dynamic_moe.integrations.saved_top_p import KEY
 from dynamic_moe.models.cache_names import NAMES
 
 # What the released code computes with, whatever its config.json says (it reads these fields and does not use them).
@@ -200,8 +201,8 @@ def to_released_fields(config: DynamicMoEConfig) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the release cannot express it: fewer heads for keys and values, another rotary embedding, biases, a cap, or
-        heads of another width.
+        If the release cannot express it: fewer heads for keys and values, another rotary embedding, biases, a cap,
+        heads of another width, or a p that ``set_top_p`` set.
     """
     rope = config.rope_parameters or {}
     limits: dict[str, tuple[Any, Any]] = {
@@ -212,6 +213,7 @@ def to_released_fields(config: DynamicMoEConfig) -> dict[str, Any]:
         "attention_bias": (config.attention_bias, False),
         "cap_experts": (config.cap_experts, False),
         "tie_word_embeddings": (config.tie_word_embeddings, False),
+        KEY: (getattr(config, KEY, None), None),  # of set_top_p: unset_top_p(model), then set top_p_threshold
     }
     for name, (value, allowed) in limits.items():
         if value != allowed:
