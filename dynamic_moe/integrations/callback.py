@@ -154,6 +154,8 @@ def _from_routing(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
 def _from_tuple(router: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     logits_TE, _, ids_TK = output
     num_tokens, num_experts = logits_TE.shape
+    # An unused slot holds E, or the id of the first slot where what runs the experts knows no unused slots.
+    ids_TK = torch.cat([ids_TK[:, :1], ids_TK[:, 1:].masked_fill(ids_TK[:, 1:] == ids_TK[:, :1], num_experts)], dim=1)
     ids = ids_TK.reshape(-1)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add(0, ids, torch.ones_like(ids))[:num_experts]  # the last one: unused slots

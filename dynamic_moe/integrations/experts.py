@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
@@ -48,33 +49,53 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Raises
     ------
     ValueError
-        If the weights are missing or quantized, or a shape does not fit.
+        If the weights are missing, quantized, sharded, sparse or offloaded, or a shape does not fit.
     """
-    up_proj = _up_proj(self)
+    up_proj = _weight(self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states)
+    down_proj = _weight(self, "down_proj", hidden_states)
     x = hidden_states
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(up_proj.dtype)  # as transformers' own grouped_mm does: norms may hand over float32
     weights_TK = _slot_weights(top_k_index, top_k_weights, self.num_experts)
-    y = (_fused if _is_plain_swiglu(self) else _general)(self, x, up_proj, top_k_index, weights_TK)
+    if _is_plain_swiglu(self):
+        y = ops.expert_mlp(x, up_proj, down_proj, top_k_index, weights_TK)
+    else:
+        y = _general(self, x, up_proj, down_proj, top_k_index, weights_TK)
     return y.to(hidden_states.dtype)
 
 
-def _up_proj(experts: Any) -> Tensor:
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    for weight in (name, "down_proj"):
-        value = getattr(experts, weight, None)
-        if not isinstance(value, Tensor) or value.dim() != 3:
-            raise ValueError(
-                f"{type(experts).__name__}.{weight} must be one tensor for all experts with "
-                f"experts_implementation={NAME!r}, got {type(value).__name__}"
-            )
-        if value.dtype not in _FLOAT_DTYPES:
-            raise ValueError(
-                f"{type(experts).__name__}.{weight} must be float32, float64, bfloat16 or float16 with "
-                f"experts_implementation={NAME!r}, got {str(value.dtype).removeprefix('torch.')}"
-            )
-    up_proj: Tensor = getattr(experts, name)
-    return up_proj
+def _weight(experts: Any, name: str, x: Tensor) -> Tensor:
+    """Read a weight, once: it may be computed anew each time, as that of a LoRA adapter is.
+
+    Raises
+    ------
+    ValueError
+        If it is anything but a dense floating-point tensor for all experts, where x is.
+    """
+    try:
+        weight = getattr(experts, name)
+    except AttributeError:  # a default, or hasattr, makes torch.compile look at a property that is none yet
+        weight = None
+    wanted, advice = "", "use another experts_implementation"
+    if not isinstance(weight, Tensor) or weight.dim() != 3:
+        wanted, got = "one tensor for all experts", type(weight).__name__
+    elif is_traceable_wrapper_subclass(weight):
+        wanted, got = "a plain tensor", f"{type(weight).__name__} (quantized or sharded)"
+        advice = "load the model without quantization and without tensor parallelism, or " + advice
+    elif weight.layout != torch.strided:
+        wanted, got = "a dense tensor", f"layout {weight.layout}"
+    elif weight.dtype not in _FLOAT_DTYPES:
+        wanted = "float32, float64, bfloat16 or float16"
+        got = str(weight.dtype).removeprefix("torch.")
+        advice = "load the model without quantization, or " + advice
+    elif weight.device.type == "meta" and x.device.type != "meta":
+        wanted, got = f"on {x.device}", "the meta device, where it has no data"
+        advice = "load it, or run the model with the hooks of accelerate that bring offloaded weights back"
+    if wanted:
+        where = f"{type(experts).__name__}.{name}"
+        raise ValueError(f"{where} must be {wanted} with experts_implementation={NAME!r}, got {got}: {advice}")
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _slot_weights(ids_TK: Tensor, weights: Tensor, num_experts: int) -> Tensor:
@@ -101,11 +122,9 @@ def _is_plain_swiglu(experts: Any) -> bool:
     )
 
 
-def _fused(experts: Any, x_TH: Tensor, gate_up_proj: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    return ops.expert_mlp(x_TH, gate_up_proj, experts.down_proj, ids_TK, weights_TK)
-
-
-def _general(experts: Any, x_TH: Tensor, up_proj: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def _general(
+    experts: Any, x_TH: Tensor, up_proj: Tensor, down_proj: Tensor, ids_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
     """The same from single operators. R rows, sorted by expert: only slots in use have one."""
     permutation = ops.permute(ids_TK, experts.num_experts)
     offsets = permutation.expert_offsets
@@ -119,7 +138,7 @@ def _general(experts: Any, x_TH: Tensor, up_proj: Tensor, ids_TK: Tensor, weight
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     rows = project(x_TH, up_proj, name, permutation.row_token)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
-    rows = project(rows, experts.down_proj, "down_proj")
+    rows = project(rows, down_proj, "down_proj")
     if experts.has_post_expert_norm:
         rows = experts.post_expert_norm(rows)
     return ops.combine(rows, weights_TK, permutation.slot_row)

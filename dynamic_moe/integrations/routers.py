@@ -115,7 +115,9 @@ def cap_of(router: Any) -> int:
     return int(router.top_k)
 
 
-def select_top_p(router: Any, hidden_states: Tensor, p: float, max_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def select_top_p(
+    router: Any, hidden_states: Tensor, p: float | Tensor, max_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Route by top-p what the router would route to k experts.
 
     Returns
@@ -139,7 +141,7 @@ def select_top_p(router: Any, hidden_states: Tensor, p: float, max_experts: int)
 
 
 def _shorten_selection(
-    router: Any, convention: Convention, hidden_states: Tensor, p: float, max_experts: int
+    router: Any, convention: Convention, hidden_states: Tensor, p: float | Tensor, max_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the fewest of the selected experts, by weight, that reach p of the weight of all of them."""
     logits_TE, weights_Tk, ids_Tk = type(router).forward(router, hidden_states)

@@ -26,9 +26,9 @@ class ActivationDtypeTopPRouter(TopPRouter):
         probabilities_TE = (logits_TE / self.temperature).softmax(-1)
         weights_TE, ids_TE = probabilities_TE.sort(dim=-1, descending=True, stable=True)
         mass_TE = weights_TE.cumsum(-1)
-        reached_TE = mass_TE > self.p if self.threshold_rule == "released" else mass_TE >= self.p
-        if self.p == 1.0:  # the sum of all is 1 but for rounding
-            reached_TE = torch.zeros_like(reached_TE)
+        p = self._p_tensor.to(mass_TE.device) if torch.compiler.is_compiling() else self.p  # see TopPRouter.select
+        reached_TE = mass_TE > p if self.threshold_rule == "released" else mass_TE >= p
+        reached_TE = reached_TE & (p != 1.0)  # the sum of all is 1 but for rounding
         # An expert is selected unless the mass before it has reached p.
         unused_TE = functional.pad(reached_TE[:, :-1], (1, 0), value=False)
         ids_TK = ids_TE.masked_fill(unused_TE, self.num_experts)[:, : self.max_experts]

@@ -8,6 +8,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from dynamic_moe.integrations.saved_top_p import KEY
+from dynamic_moe.models.cache_names import NAMES
+
 # What the released code computes with, whatever its config.json says (it reads these fields and does not use them).
 _RELEASED_ROPE_THETA = 10000.0
 
@@ -65,7 +68,8 @@ class DynamicMoEConfig(PreTrainedConfig):
     """
 
     model_type = "dynamic_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  declared so by the base class
+    # Trainer gathers all other outputs of an evaluation as predictions.
+    keys_to_ignore_at_inference = [*NAMES, "router_loss", "aux_loss", "dynamic_loss"]  # noqa: RUF012
     default_theta = _RELEASED_ROPE_THETA
 
     vocab_size: int = 32000
@@ -134,6 +138,26 @@ class DynamicMoEConfig(PreTrainedConfig):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
 
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """0.0: TRL's option of this name, with a loss for a fixed number of experts per token, is refused.
+
+        Raises
+        ------
+        ValueError
+            When it is set to anything else.
+        """
+        return 0.0
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float) -> None:
+        if value != 0.0:
+            raise ValueError(
+                "router_aux_loss_coef must be 0.0: it scales a loss for a fixed number of experts per token. Set "
+                "load_balancing_loss_coef and dynamic_loss_coef, and give TRL compute_loss_func=causal_lm_loss; "
+                f"got {value!r}"
+            )
+
     def has_experts(self, layer: int) -> bool:
         """Whether layer number ``layer`` has experts; else it has one dense network."""
         return layer % self.expert_frequency == 0
@@ -177,8 +201,8 @@ def to_released_fields(config: DynamicMoEConfig) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the release cannot express it: fewer heads for keys and values, another rotary embedding, biases, a cap, or
-        heads of another width.
+        If the release cannot express it: fewer heads for keys and values, another rotary embedding, biases, a cap,
+        heads of another width, or a p that ``set_top_p`` set.
     """
     rope = config.rope_parameters or {}
     limits: dict[str, tuple[Any, Any]] = {
@@ -189,6 +213,7 @@ def to_released_fields(config: DynamicMoEConfig) -> dict[str, Any]:
         "attention_bias": (config.attention_bias, False),
         "cap_experts": (config.cap_experts, False),
         "tie_word_embeddings": (config.tie_word_embeddings, False),
+        KEY: (getattr(config, KEY, None), None),  # of set_top_p: unset_top_p(model), then set top_p_threshold
     }
     for name, (value, allowed) in limits.items():
         if value != allowed:

@@ -29,14 +29,21 @@ from dynamic_moe.collect import CollectedRoutings, collect_routing
 from dynamic_moe.experts import SharedExpert, SwiGLUExperts
 from dynamic_moe.layer import DynamicMoE
 from dynamic_moe.models.activation_router import ActivationDtypeTopPRouter
+from dynamic_moe.models.cache_names import CACHE_NAME, NAMES, BothCacheNames, one_cache, with_one_cache
 from dynamic_moe.models.checkpoint_folder import check_if_released
 from dynamic_moe.models.configuration import DynamicMoEConfig
+from dynamic_moe.models.masks import split_mask
 from dynamic_moe.routers import Router, TopPRouter
 from dynamic_moe.routing import Routing
 
 
 @dataclass
-class DynamicMoECausalLMOutput(CausalLMOutputWithPast):
+class DynamicMoEModelOutput(BothCacheNames, MoeModelOutputWithPast):
+    """What :class:`DynamicMoEModel` returns."""
+
+
+@dataclass
+class DynamicMoECausalLMOutput(BothCacheNames, CausalLMOutputWithPast):
     """What :class:`DynamicMoEForCausalLM` returns.
 
     Attributes
@@ -44,13 +51,14 @@ class DynamicMoECausalLMOutput(CausalLMOutputWithPast):
     loss : Tensor or None
         Where there are labels: cross-entropy + ``router_loss``.
     router_loss : Tensor or None
-        ``load_balancing_loss_coef * aux_loss + dynamic_loss_coef * dynamic_loss``. None without labels in evaluation.
+        ``load_balancing_loss_coef * aux_loss + dynamic_loss_coef * dynamic_loss``. None where a cache was given, as
+        :meth:`generate` does, without labels and in evaluation.
     aux_loss, dynamic_loss : Tensor or None
         :func:`dynamic_moe.losses.load_balancing` and :func:`dynamic_moe.losses.dynamic`, means over layers, unscaled.
     router_logits : tuple of Tensor or None
         float32 ``[B * S, E]`` of each layer with experts, if ``output_router_logits``.
     logits, past_key_values, hidden_states, attentions
-        As in other models.
+        As in other models. ``cache`` is another name of ``past_key_values``.
     """
 
     router_loss: Tensor | None = None
@@ -60,7 +68,7 @@ class DynamicMoECausalLMOutput(CausalLMOutputWithPast):
 
 
 @dataclass
-class DynamicMoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
+class DynamicMoESequenceClassifierOutput(BothCacheNames, SequenceClassifierOutputWithPast):
     """What :class:`DynamicMoEForSequenceClassification` returns; see :class:`DynamicMoECausalLMOutput`."""
 
     router_loss: Tensor | None = None
@@ -69,38 +77,55 @@ class DynamicMoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
 
 
 def causal_lm_loss(
-    outputs: DynamicMoECausalLMOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    outputs: DynamicMoECausalLMOutput,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy of the next token plus the router's losses.
 
     :class:`DynamicMoEForCausalLM` computes it itself where it gets labels. Trainers that compute the loss on their own,
-    as TRL's ``SFTTrainer`` does, take it as ``compute_loss_func=causal_lm_loss``; else they leave out the router's.
+    as TRL's ``SFTTrainer`` does, take it as ``compute_loss_func=causal_lm_loss``; else they leave out the router's. It
+    is the same in training and in evaluation.
 
     Parameters
     ----------
     outputs : DynamicMoECausalLMOutput
-        Of a model in training mode, or with labels: it must have the ``router_loss``.
+        Of a model in training mode, or called with labels or without a cache: it must have the ``router_loss``.
     labels : Tensor
         int64 ``[B, S]``, not shifted; -100 where there is nothing to predict.
     num_items_in_batch : Tensor or int, optional
         Labels in all the batches whose gradients are added up; then a batch counts by its share of them, in both parts.
         Default: this batch is alone.
+    shift_labels : Tensor, optional
+        int64 ``[B, S]``: the token that each position predicts, where the sequence is split; ``labels`` is not read.
 
     Raises
     ------
     ValueError
-        If ``outputs`` has no ``router_loss``.
+        If ``outputs`` has no ``router_loss``, or there are no labels.
     """
-    if outputs.router_loss is None:
-        raise ValueError("outputs must have a router_loss, got None: the model must be in training mode")
+    if getattr(outputs, "router_loss", None) is None:
+        raise ValueError(
+            f"outputs must have a router_loss, got None in {type(outputs).__name__}: call the model in training mode, "
+            "with labels or without a cache, and with return_dict=True"
+        )
+    if labels is None and shift_labels is None:
+        raise ValueError("labels must be a tensor, got None: the batches must have labels")
     logits, items = outputs.logits, num_items_in_batch
     assert logits is not None
+    assert outputs.router_loss is not None
     if isinstance(items, int):
         items = torch.tensor(items)
-    cross_entropy: Tensor = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=items)
+    if shift_labels is not None:
+        shift_labels = shift_labels.contiguous()
+    cross_entropy: Tensor = ForCausalLMLoss(
+        logits, labels, logits.shape[-1], num_items_in_batch=items, shift_labels=shift_labels
+    )
     router_loss = outputs.router_loss.to(cross_entropy.device)
     if num_items_in_batch is not None:
-        router_loss = router_loss * ((labels[..., 1:] != -100).sum().to(cross_entropy.device) / num_items_in_batch)
+        predicted = labels[..., 1:] if shift_labels is None else shift_labels
+        router_loss = router_loss * ((predicted != -100).sum().to(cross_entropy.device) / num_items_in_batch)
     return cross_entropy + router_loss
 
 
@@ -120,15 +145,16 @@ class DynamicMoEDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         token_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Map ``[B, S, H]`` to ``[B, S, H]``; ``token_mask`` is bool ``[B, S]``, False for padding."""
+        """Map ``[B, S, H]`` to ``[B, S, H]``; ``token_mask`` is bool ``[B, S]``, False for padding.
+
+        Other arguments, the cache among them, are the attention's.
+        """
         attended, _ = self.self_attn(
             hidden_states=self.input_norm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             **kwargs,
         )
         hidden_states = hidden_states + attended
@@ -168,7 +194,7 @@ class DynamicMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DynamicMoEDecoderLayer"]  # noqa: RUF012  lists, not tuples, in every model of Transformers
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(NAMES)  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -234,8 +260,9 @@ class DynamicMoEModel(DynamicMoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> DynamicMoEModelOutput:
         """Run the decoder.
 
         Parameters
@@ -243,34 +270,39 @@ class DynamicMoEModel(DynamicMoEPreTrainedModel):
         input_ids, inputs_embeds : Tensor
             int64 ``[B, S]``, or ``[B, S, H]`` instead.
         attention_mask : Tensor, optional
-            ``[B, past + S]``, 0 for padding. Padding goes to no expert and enters no statistic and no loss. (Masks of
-            other shapes work for the attention, and let every token be routed.)
-        position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, output_router_logits
+            ``[B, past + S]``, 0 for padding; past is the number of tokens in the cache. Padding goes to no expert and
+            enters no statistic and no loss. Further columns, for tokens to come, are not looked at. ``[1, past + S]``
+            is for all sequences. (Masks with 4 dimensions work for the attention, and let every token be routed.)
+        past_key_values, cache : Cache, optional
+            Two names of one argument: the cache of keys and values.
+        position_ids, use_cache, output_hidden_states, output_attentions, output_router_logits
             As in other models.
 
         Raises
         ------
         ValueError
-            Unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+            Unless exactly one of ``input_ids`` and ``inputs_embeds`` is given, at most one cache, and a mask that fits.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {given}")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(past_key_values, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
+        attention_mask, token_mask = split_mask(attention_mask, inputs_embeds, cache)
+        named_cache: dict[str, Any] = {CACHE_NAME: cache}
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
-        token_mask = _token_mask(attention_mask, inputs_embeds)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -280,20 +312,11 @@ class DynamicMoEModel(DynamicMoEPreTrainedModel):
                 attention_mask=causal_mask,
                 token_mask=token_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **named_cache,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-
-def _token_mask(attention_mask: Any, inputs_embeds: Tensor) -> Tensor | None:
-    """Bool ``[B, S]``, False for padding, from a mask ``[B, past + S]``; None where the mask has another form."""
-    num_tokens = inputs_embeds.shape[1]
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < num_tokens:
-        return None
-    mask = attention_mask[:, -num_tokens:].to(inputs_embeds.device, torch.bool)
-    return mask.expand(inputs_embeds.shape[:2])
+        return DynamicMoEModelOutput(last_hidden_state=self.norm(hidden_states), **named_cache)
 
 
 def _router_losses(routings: CollectedRoutings, config: DynamicMoEConfig) -> dict[str, Tensor]:
@@ -326,6 +349,7 @@ class DynamicMoEForCausalLM(DynamicMoEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> DynamicMoECausalLMOutput:
         """Run the model; with labels, also compute the loss.
@@ -339,35 +363,42 @@ class DynamicMoEForCausalLM(DynamicMoEPreTrainedModel, GenerationMixin):
             Default: as the configuration says.
         logits_to_keep : int or Tensor
             Last positions, or indices, to compute logits of. Default: all.
-        input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
+        input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, use_cache
             See :meth:`DynamicMoEModel.forward`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        cache = one_cache(past_key_values, cache)
+        loss_options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels")}
         with collect_routing() as routings:
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 output_router_logits=output_router_logits,
-                **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+                cache=cache,
+                **kwargs,
             )
+        named_cache: dict[str, Any] = {CACHE_NAME: outputs.cache}
         result = DynamicMoECausalLMOutput(
             logits=self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **named_cache,
         )
-        if labels is not None or self.training:
+        if labels is not None or self.training or cache is None:
             for name, value in _router_losses(routings, self.config).items():
                 result[name] = value
         if labels is not None:
-            result["loss"] = causal_lm_loss(result, labels, kwargs.get("num_items_in_batch"))
+            result["loss"] = causal_lm_loss(result, labels, **loss_options)
         return result
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate token ids; the cache may be given as ``past_key_values`` or ``cache``. See the base class."""
+        return super().generate(*args, **with_one_cache(kwargs))  # type: ignore[misc]
 
 
 class DynamicMoEForSequenceClassification(GenericForSequenceClassification, DynamicMoEPreTrainedModel):
@@ -384,11 +415,12 @@ class DynamicMoEForSequenceClassification(GenericForSequenceClassification, Dyna
 
         Other arguments are those of :meth:`DynamicMoEModel.forward`.
         """
-        kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+        kwargs.pop("num_items_in_batch", None)
+        kwargs = with_one_cache(kwargs)
         with collect_routing() as routings:
             outputs = super().forward(input_ids, labels=labels, return_dict=True, **kwargs)
         result = DynamicMoESequenceClassifierOutput(**outputs)
-        if labels is not None or self.training:
+        if labels is not None or self.training or CACHE_NAME not in kwargs:
             for name, value in _router_losses(routings, self.config).items():
                 result[name] = value
         if result.loss is not None:

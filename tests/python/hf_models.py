@@ -10,7 +10,7 @@ VOCABULARY = 64
 EXPERTS = 8
 K = 3
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -53,7 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def make(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> PreTrainedModel:
     """A model with weights large enough for routers to have preferences."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **options})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **options})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         if "experts" in name or "router" in name or ".gate." in name:

@@ -35,7 +35,7 @@ PACKAGE = {
     "experts": {"_checks", "float32_linear", "ops"},
     "layer": {"_checks", "collect", "experts", "routers", "routing"},
     "integrations": {"layer", "ops", "routers", "routing"},
-    "models": {"collect", "experts", "layer", "losses", "routers", "routing"},
+    "models": {"collect", "experts", "integrations", "layer", "losses", "routers", "routing"},
     "convert": {"integrations", "models"},
 }
 

@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """experts_implementation="dynamic_moe": the same as transformers' eager experts, for every family."""
 
+import contextlib
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 pytest.importorskip("transformers")
 
+from documents import ROOT
 from hf_models import FAMILIES, K, make, tokens
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from dynamic_moe import ops
 from dynamic_moe.integrations import experts
+from dynamic_moe.integrations._requirements import NEWEST_TRANSFORMERS, warn_if_untested
 
 # Norms and routers compute in float32 whatever the model's dtype: both sides alike, but for what float64 then rounds.
 CLOSE = {torch.float64: 1e-7, torch.float32: 2e-5, torch.bfloat16: 8e-2}
@@ -154,17 +162,108 @@ def test_under_autocast_the_output_keeps_the_dtype_of_the_input() -> None:
     assert_close(actual, expected, 8e-2)
 
 
-def test_weights_that_cannot_be_used_are_refused_by_name() -> None:
+def test_routing_weights_of_another_shape_are_refused() -> None:
     module = experts_of(make("mixtral"))
-    call = (torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
     with pytest.raises(ValueError, match=r"top_k_weights must have shape \[2, 1\].*\[2, 8\].*got \[2, 3\]"):
-        experts.experts_forward(module, *call[:2], torch.ones(2, 3))
-    module.down_proj = nn.Parameter(torch.zeros(8, 32, 24, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"MixtralExperts\.down_proj must be float32.*got int8"):
-        experts.experts_forward(module, *call)
-    module.down_proj = None
-    with pytest.raises(ValueError, match=r"MixtralExperts\.down_proj must be one tensor"):
-        experts.experts_forward(module, *call)
+        experts.experts_forward(module, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 3))
+
+
+class Quantized(Tensor):
+    """Stands for a tensor of torchao: it says that it is bfloat16, and holds something else."""
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> Any:
+        result = Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.bfloat16)
+        result.data_int8 = data
+        return result
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data_int8"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Any:
+        return cls(inner["data_int8"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].data_int8)
+        raise NotImplementedError(f"{func} on a quantized tensor")
+
+
+SHAPE = (8, 32, 24)
+DOWN = r"MixtralExperts\.down_proj must be"
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (None, f"{DOWN} one tensor for all experts.*got NoneType"),
+        (torch.zeros(SHAPE, dtype=torch.int8), f"{DOWN} float32.*got int8: load the model without quantization"),
+        (torch.zeros(SHAPE, dtype=torch.float8_e4m3fn), f"{DOWN} float32.*got float8_e4m3fn"),
+        (torch.zeros(SHAPE[0] * SHAPE[1] * SHAPE[2] // 2, 1, dtype=torch.uint8), f"{DOWN} one tensor for all"),
+        (
+            Quantized(torch.zeros(SHAPE, dtype=torch.int8)),
+            rf"{DOWN} a plain tensor.*got Quantized \(quantized or sharded",
+        ),
+        (torch.zeros(SHAPE).to_sparse(), rf"{DOWN} a dense tensor.*got layout torch\.sparse_coo"),
+        (torch.zeros(SHAPE, device="meta"), f"{DOWN} on cpu.*got the meta device, where it has no data: load it"),
+    ],
+    ids=["missing", "int8", "float8", "packed", "subclass", "sparse", "offloaded"],
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_weights_that_are_no_plain_tensors_are_refused_by_name(weight: Any, message: str, compiled: bool) -> None:
+    module = experts_of(make("mixtral", torch.float32))
+    module.config._experts_implementation = "dynamic_moe"
+    module.down_proj = weight if weight is None else nn.Parameter(weight, requires_grad=False)
+    run = torch.compile(module, backend="eager") if compiled else module
+    with pytest.raises(ValueError, match=message):
+        run(torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+
+
+@pytest.mark.level_independent
+def test_sharded_weights_are_refused_by_name() -> None:
+    module = experts_of(make("mixtral", torch.float32))
+    with single_process_mesh() as mesh:
+        module.down_proj = nn.Parameter(distribute_tensor(module.down_proj.detach(), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match=rf"{DOWN} a plain tensor.*got DTensor .*without tensor parallelism"):
+            experts.experts_forward(module, torch.randn(2, 32), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+
+
+@contextlib.contextmanager
+def single_process_mesh() -> Iterator[DeviceMesh]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.level_independent
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_adapters_on_the_experts_train_as_with_eager_experts(family: str, compiled: bool) -> None:
+    ids, results = tokens(), []
+    for implementation in ("eager", "dynamic_moe"):
+        model = make(family, torch.float32)
+        model.set_experts_implementation(implementation)
+        torch.manual_seed(1)
+        parameters = ["experts.gate_up_proj", "experts.down_proj"]
+        adapted = get_peft_model(model, LoraConfig(r=4, target_parameters=parameters, init_lora_weights=False))
+        uses_ours = implementation == "dynamic_moe"
+        # PEFT swaps the weights in and out within the graph, so that there is more than one.
+        run = torch.compile(adapted, backend="aot_eager") if compiled and uses_ours else adapted
+        output = run(ids, labels=ids)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+        results.append((output.logits.detach(), gradients))
+    (expected, wanted), (actual, got) = results
+    assert_close(actual, expected, 1e-4)
+    assert len(wanted) == 8
+    assert set(got) == set(wanted)
+    for name, gradient in wanted.items():
+        assert_close(got[name], gradient, 1e-3)
 
 
 @pytest.mark.level_independent
@@ -180,3 +279,29 @@ def test_without_transformers_the_error_says_what_to_install() -> None:
     assert "dynamic_moe.integrations needs transformers, which cannot be imported: pip install transformers" in (
         result.stderr
     )
+
+
+@pytest.mark.level_independent
+def test_a_transformers_newer_than_the_tested_one_warns_once() -> None:
+    code = "\n".join(
+        [
+            "import transformers, warnings",
+            "transformers.__version__ = '5.99.0.dev0'",
+            "with warnings.catch_warnings(record=True) as caught:",
+            "    warnings.simplefilter('always')",
+            "    import dynamic_moe.models, dynamic_moe.integrations",
+            "print(*[each.message for each in caught if 'dynamic_moe was tested' in str(each.message)], sep='\\n')",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.count("dynamic_moe was tested with transformers up to 5.24; 5.99.0.dev0 may have changed") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_untested("5.24.7")
+
+
+@pytest.mark.level_independent
+def test_the_upper_bound_is_the_newest_version_that_is_tested() -> None:
+    major, minor = NEWEST_TRANSFORMERS
+    assert f',<{major}.{minor + 1}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"transformers=={major}.{minor}." in (ROOT / "requirements" / "transformers-newest.txt").read_text()

@@ -3,21 +3,36 @@
 
 import ast
 import copy
+import functools
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("transformers")
 
 import transformers
-from hf_models import EXPERTS, FAMILIES, K, make, tokens
+from hf_models import COMMON, EXPERTS, FAMILIES, K, make, tokens
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PreTrainedModel,
+    Qwen3VLMoeForConditionalGeneration,
+    TrainerControl,
+    TrainerState,
+)
 
 from dynamic_moe import DynamicMoE
 from dynamic_moe.integrations import (
     Calibration,
+    RoutingStatisticsCallback,
     TradeOff,
     calibrate_top_p,
     evaluate_top_p,
@@ -26,6 +41,7 @@ from dynamic_moe.integrations import (
     unset_top_p,
 )
 from dynamic_moe.integrations.routers import CONVENTIONS, find_routers
+from dynamic_moe.models import DynamicMoEConfig, DynamicMoEForCausalLM, save_released
 
 pytestmark = pytest.mark.level_independent
 
@@ -138,10 +154,18 @@ def test_blocks_may_be_nested() -> None:
     torch.testing.assert_close(model(ids).logits, plain, rtol=1e-9, atol=1e-9)
 
 
-def test_a_copy_has_routers_of_its_own() -> None:
+def pickled(model: PreTrainedModel) -> PreTrainedModel:
+    copied: PreTrainedModel = pickle.loads(pickle.dumps(model))
+    return copied
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_has_routers_of_its_own(copied: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
     model, ids = make("mixtral"), tokens()
     set_top_p(model, 0.1)
-    other = copy.deepcopy(model)
+    other = copied(model)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert other.config.dynamic_moe_top_p == model.config.dynamic_moe_top_p
     with torch.no_grad():
         first_router(other).weight.zero_()
     assert torch.equal(routed(other, states())[0], torch.zeros(50, EXPERTS).double())
@@ -157,6 +181,152 @@ def test_router_logits_are_still_put_out(family: str) -> None:
         output = model(ids, labels=ids, output_router_logits=True)
     assert [list(logits.shape) for logits in output.router_logits] == [[18, EXPERTS]] * 2
     assert output.aux_loss.isfinite()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_implementations_of_the_experts_compute_the_same(family: str, implementation: str) -> None:
+    model, ids = make(family, torch.float32), tokens()
+    model.set_experts_implementation(implementation)
+    with torch.no_grad(), set_top_p(model, 0.4):
+        expected = model(ids).logits
+    with torch.no_grad(), set_top_p(model, 0.4, experts_implementation=None):
+        assert model.get_experts_implementation()[""] == implementation
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        callback = RoutingStatisticsCallback()
+        callback.on_train_begin(None, TrainerState(), TrainerControl(), model=model.train())
+        model(ids)
+        callback.on_log(None, TrainerState(), TrainerControl(), logs=(logs := {"loss": 0.0}))
+    assert 1 < logs["routing/experts_per_token"] < K  # unused slots do not count
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def composite() -> PreTrainedModel:
+    """A vision and language model, whose configuration holds that of its language model."""
+    text = dict(COMMON, **FAMILIES["qwen3_moe"])
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    special = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_vl_moe", text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]}, **special
+    )
+    return Qwen3VLMoeForConditionalGeneration(config).eval()
+
+
+def own() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    return DynamicMoEForCausalLM(
+        DynamicMoEConfig(**sizes, num_attention_heads=4, num_experts=4, expert_frequency=1, initializer_range=0.3)
+    ).eval()
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    **{family: functools.partial(make, family, torch.float32) for family in FAMILIES},
+    "composite": composite,
+    "own": own,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_is_saved_with_p_routes_by_it_when_it_is_loaded(name: str, tmp_path: Path) -> None:
+    model, ids = MODELS[name](), torch.randint(3, 60, (2, 9))
+    plain = model(ids).logits
+    set_top_p(model, [0.3, 0.6])
+    expected = model(ids).logits
+    assert not torch.equal(expected, plain)
+    load = functools.partial(type(model).from_pretrained, attn_implementation=model.config._attn_implementation)
+    loaded = load(saved(model, tmp_path / "a"))
+    assert torch.equal(loaded(ids).logits, expected)
+    again = load(saved(loaded, tmp_path / "b"))
+    assert torch.equal(again(ids).logits, expected)
+    unset_top_p(again)
+    torch.testing.assert_close(again(ids).logits, plain, rtol=1e-4, atol=1e-4)
+    text = (saved(again, tmp_path / "c") / "config.json").read_text()
+    assert "dynamic_moe_top_p" not in text
+    assert "experts_implementation" not in text
+
+
+def test_the_configuration_holds_what_is_set_and_no_more(tmp_path: Path) -> None:
+    model = make("mixtral", torch.float32)
+
+    def entries() -> Any:
+        return getattr(model.config, "dynamic_moe_top_p", None)
+
+    with set_top_p(model, 0.5):
+        assert entries()["layers.1.mlp.gate"] == {"p": 0.5, "max_experts": K}
+        with set_top_p(model, [0.1, 0.2], max_experts=2):
+            assert entries()["layers.1.mlp.gate"] == {"p": 0.2, "max_experts": 2}
+        assert entries()["layers.1.mlp.gate"] == {"p": 0.5, "max_experts": K}
+    assert entries() is None
+    set_top_p(model, 0.5)
+    model.config.dynamic_moe_top_p.pop("layers.1.mlp.gate")
+    folder = saved(model, tmp_path)
+    with pytest.raises(ValueError, match=r"dynamic_moe_top_p must have an entry for each router.*none for layers\.1"):
+        type(model).from_pretrained(folder)
+
+
+def test_a_base_model_and_other_experts_are_loaded_with_p(tmp_path: Path) -> None:
+    model, ids = make("mixtral", torch.float32), tokens()
+    set_top_p(model.model, [0.3, 0.6])  # the part that has the routers
+    expected, folder = model(ids).logits, saved(model, tmp_path)
+    base = AutoModel.from_pretrained(folder, attn_implementation="eager")
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    other = type(model).from_pretrained(folder, attn_implementation="eager", experts_implementation="grouped_mm")
+    assert other.get_experts_implementation()[""] == "grouped_mm"
+    torch.testing.assert_close(other(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_this_package_a_model_with_p_is_not_loaded(tmp_path: Path) -> None:
+    model = make("mixtral", torch.float32)
+    set_top_p(model, 0.5)
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(saved(model, tmp_path))!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'experts_implementation="dynamic_moe"` is not supported' in result.stderr
+
+
+def test_p_may_be_taken_from_the_configuration() -> None:
+    model, ids = make("mixtral", torch.float32), tokens()
+    with pytest.raises(ValueError, match=r"p must be given where config\.dynamic_moe_top_p is not set, got None"):
+        set_top_p(model)
+    with set_top_p(model, [0.3, 0.6]):
+        expected, entries = model(ids).logits, dict(model.config.dynamic_moe_top_p)
+    model.config.dynamic_moe_top_p = entries  # as in a model that was loaded before this package was imported
+    with pytest.raises(ValueError, match="max_experts must be None where p is"):
+        set_top_p(model, max_experts=2)
+    set_top_p(model)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_the_released_format_refuses_p(tmp_path: Path) -> None:
+    model = own()
+    with (
+        set_top_p(model, 0.5),
+        pytest.raises(ValueError, match="dynamic_moe_top_p must be None in the released format"),
+    ):
+        save_released(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "own"])
+def test_another_p_compiles_nothing_anew(name: str) -> None:
+    model, ids = MODELS[name]().requires_grad_(False), torch.randint(3, 60, (1, 4))
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    values = torch.linspace(0.02, 1.0, 50).tolist()
+    outputs = []
+    for first, second in zip(values, reversed(values), strict=True):
+        with set_top_p(model, [first, second]):
+            outputs.append(compiled(ids).logits)
+            torch.testing.assert_close(outputs[-1], model(ids).logits, rtol=1e-4, atol=1e-4)
+        set_top_p(model, [second, first])
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+    assert not torch.equal(outputs[0], outputs[-1])
 
 
 def test_it_generates_compiles_and_trains() -> None:

@@ -17,7 +17,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DynamicCache,
     PreTrainedTokenizerFast,
+    StaticCache,
     Trainer,
     TrainingArguments,
 )
@@ -31,6 +33,7 @@ from dynamic_moe.models import (
     DynamicMoEModel,
     causal_lm_loss,
 )
+from dynamic_moe.models.cache_names import NAMES
 
 pytestmark = pytest.mark.level_independent
 
@@ -87,8 +90,10 @@ def test_one_token_at_a_time_gives_the_logits_of_all_at_once(options: dict[str, 
         expected = model(tokens).logits
         cache, steps = None, []
         for position in range(tokens.shape[1]):
-            output = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            name = NAMES[position % 2]  # either may be given, whatever transformers calls it
+            output = model(tokens[:, position : position + 1], use_cache=True, **{name: cache})
+            cache = output.cache
+            assert cache is output.past_key_values
             steps.append(output.logits)
     assert_close(torch.cat(steps, 1), expected)
 
@@ -131,17 +136,121 @@ def test_padding_changes_no_logits_and_no_statistics(side: str) -> None:
         assert torch.equal(routing.tokens_per_expert, other.tokens_per_expert)
 
 
+CACHES: dict[str, Any] = {
+    "none": lambda: None,
+    "dynamic": lambda: DynamicCache(config=config()),
+    "static": lambda: StaticCache(config=config(), max_cache_len=16),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_columns_of_a_mask_for_tokens_to_come_change_nothing(backend: str, kind: str) -> None:
+    model, tokens = make(torch.float32), ids(3, 7)
+    model.set_attn_implementation(backend)
+    mask = torch.ones_like(tokens)
+    mask[0, :2], mask[1, 5:] = 0, 0
+    steps = [slice(0, 7)] if kind == "none" else [slice(0, 3), slice(3, 6), slice(6, 7)]
+    tails = [torch.zeros(3, 0), torch.zeros(3, 4), torch.ones(3, 9)]
+    results = []
+    for tail in tails:
+        cache, logits = CACHES[kind](), []
+        for step in steps:
+            given = torch.cat([mask, tail.long()], 1)[:, : step.stop if tail.shape[1] == 0 else None]
+            with torch.no_grad(), collect_routing() as routings:
+                logits.append(model(tokens[:, step], attention_mask=given, past_key_values=cache).logits)
+            assert all(routing.num_tokens == mask[:, step].sum() for routing in routings)
+        results.append(torch.cat(logits, 1))
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+    expected = model(tokens, attention_mask=mask).logits
+    assert_close(results[0][mask.bool()], expected[mask.bool()], 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_mask_for_a_whole_cache_compiles(kind: str) -> None:
+    model, tokens = make(torch.float32), ids(2, 8)
+    mask = torch.ones(2, 16, dtype=torch.int64)
+    mask[0, :2], mask[:, 8:] = 0, 0
+    compiled, cache, logits = torch.compile(model, fullgraph=True, backend="aot_eager"), CACHES[kind](), []
+    with torch.no_grad():
+        for step in (slice(0, 5), slice(5, 8)):
+            with collect_routing() as routings:
+                logits.append(compiled(tokens[:, step], attention_mask=mask, past_key_values=cache).logits)
+            assert all(routing.num_tokens == mask[:, step].sum() for routing in routings)
+        expected = model(tokens, attention_mask=mask[:, :8]).logits
+    used = mask[:, :8].bool()
+    assert_close(torch.cat(logits, 1)[used], expected[used], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "past", "message"),
+    [
+        ((2, 3), 0, r"attention_mask must have shape \[2, 4\], a column for each of 0 cached and 4 new.*got \[2, 3\]"),
+        ((2, 1), 0, r"attention_mask must have shape \[2, 4\].*got \[2, 1\]"),
+        ((2, 4), 3, r"attention_mask must have shape \[2, 7\], a column for each of 3 cached and 4 new.*got \[2, 4\]"),
+        ((3, 4), 0, r"attention_mask must have shape \[2, 4\].*got \[3, 4\]"),
+        ((2, 4, 4), 0, r"attention_mask must have shape \[2, 4\].*or 4 dimensions; got \[2, 4, 4\]"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_mask_that_does_not_fit_is_refused(shape: tuple[int, ...], past: int, message: str, kind: str) -> None:
+    model, cache = make(torch.float32), CACHES[kind]()
+    if past:
+        model(ids(2, past), past_key_values=cache)
+    with pytest.raises(ValueError, match=message):
+        model(ids(2, 4), attention_mask=torch.ones(shape), past_key_values=cache)
+
+
+def test_one_mask_may_be_for_all_sequences() -> None:
+    model, tokens, mask = make(), ids(2, 4), torch.tensor([[0, 1, 1, 1]])
+    assert torch.equal(
+        model(tokens, attention_mask=mask).logits, model(tokens, attention_mask=mask.expand(2, -1)).logits
+    )
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    model, first, second = make(torch.float32), ids(1, 5), ids(1, 4)
+    packed, positions = torch.cat([first, second], 1), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    actual = model(packed, position_ids=positions, use_cache=False).logits
+    assert_close(actual, torch.cat([model(first).logits, model(second).logits], 1), 1e-5)
+
+
+def test_two_caches_are_refused() -> None:
+    model, tokens = make(), ids()
+    caches = {name: CACHES["dynamic"]() for name in NAMES}
+    classifier = DynamicMoEForSequenceClassification(config())
+    for call in (model, model.model, model.generate, classifier):
+        with pytest.raises(ValueError, match=r"past_key_values and cache are two names of one argument.*got both"):
+            call(tokens, **caches)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_beams": 3}, {"cache_implementation": "static"}],
-    ids=["greedy", "beam", "static"],
+    [
+        {},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"past_key_values": "dynamic"},
+        {"cache": "dynamic"},
+    ],
+    ids=lambda options: "-".join(options) or "greedy",
 )
 def test_generation_with_a_cache_is_generation_without(options: dict[str, Any]) -> None:
     model, tokens = make(), ids()
     tokens[0, :3] = 0
     common = {"attention_mask": (tokens != 0).long(), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     without = model.generate(tokens, use_cache=False, num_beams=options.get("num_beams", 1), **common)
+    options = {name: CACHES[value]() if name in NAMES else value for name, value in options.items()}
     assert torch.equal(model.generate(tokens, **common, **options), without)
+
+
+def test_drafts_of_another_model_change_no_token() -> None:
+    model, tokens = make(), ids(1)
+    common = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    drafts = model.generate(tokens, assistant_model=make(num_hidden_layers=1), **common)
+    assert torch.equal(drafts, model.generate(tokens, **common))
 
 
 def test_sampling_draws_from_the_logits() -> None:
@@ -177,8 +286,24 @@ def test_a_share_of_an_accumulated_batch_counts_by_its_labels() -> None:
     balance = 0.5 * sum(part.router_loss for part in parts)
     task = whole - model(tokens, labels=tokens).router_loss
     assert torch.isclose(sum(part.loss for part in parts), task + balance, rtol=1e-6)
-    with pytest.raises(ValueError, match="outputs must have a router_loss, got None"):
-        causal_lm_loss(model(tokens), tokens)
+    with pytest.raises(ValueError, match=r"outputs must have a router_loss, got None.*without a cache"):
+        causal_lm_loss(model(tokens, cache=DynamicCache(config=model.config)), tokens)
+    with pytest.raises(ValueError, match=r"outputs must have a router_loss, got None in tuple.*return_dict=True"):
+        causal_lm_loss(model(tokens, return_dict=False), tokens)
+    with pytest.raises(ValueError, match="labels must be a tensor, got None"):
+        causal_lm_loss(model(tokens), None)
+
+
+def test_the_loss_outside_of_the_model_is_that_of_the_model() -> None:
+    model, tokens = make(), ids(3)
+    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.3, -100)
+    shifted = functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    for num_items in (None, 40, torch.tensor(40)):
+        expected = model(tokens, labels=labels, num_items_in_batch=num_items).loss
+        assert torch.equal(causal_lm_loss(model(tokens), labels, num_items), expected)  # in evaluation
+        assert torch.equal(causal_lm_loss(model.train()(tokens), labels, num_items), expected)
+        given = model.eval()(tokens, labels=tokens, shift_labels=shifted, num_items_in_batch=num_items).loss
+        assert torch.equal(given, expected)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
@@ -272,28 +397,69 @@ def _arguments(folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
-def _train(folder: Path, resume: str | None = None) -> tuple[DynamicMoEForCausalLM, Trainer]:
+def _train(
+    folder: Path, resume: str | None = None, compute_loss_func: Any = None, compute_metrics: Any = None, **options: Any
+) -> tuple[DynamicMoEForCausalLM, Trainer]:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 64, (8,), generator=generator).tolist() for _ in range(16)]
     data = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
     model = make(torch.float32)
-    arguments = TrainingArguments(**_arguments(folder, save_steps=2))
-    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer = Trainer(
+        model,
+        TrainingArguments(**_arguments(folder, **options)),
+        train_dataset=data,
+        eval_dataset=data,
+        compute_loss_func=compute_loss_func,
+        compute_metrics=compute_metrics,
+    )
     trainer.train(resume_from_checkpoint=resume)
     return model, trainer
 
 
 def test_a_training_that_is_resumed_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    model, trainer = _train(tmp_path / "a")
+    model, trainer = _train(tmp_path / "a", save_steps=2)
     start = make(torch.float32)
     assert not torch.equal(start.model.layers[0].mlp.router.weight, model.model.layers[0].mlp.router.weight)
     assert sum("loss" in entry for entry in trainer.state.log_history) == 4
-    resumed, _ = _train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"))
+    resumed, _ = _train(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"), save_steps=2)
     for name, tensor in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
-def test_the_sft_trainer_trains_with_the_losses_of_the_router(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 2], ids=["whole batches", "accumulated"])
+def test_trainer_logs_the_same_losses_with_the_loss_of_the_model_and_with_ours(tmp_path: Path, steps: int) -> None:
+    predictions: list[Any] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        predictions.append(prediction.predictions)
+        return {}
+
+    logs = []
+    for name, loss in (("model", None), ("ours", causal_lm_loss)):
+        _, trainer = _train(
+            tmp_path / name,
+            compute_loss_func=loss,
+            compute_metrics=metrics,
+            eval_strategy="steps",
+            eval_steps=2,
+            gradient_accumulation_steps=steps,
+        )
+        entries = [entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history]
+        logs.append([entry for entry in entries if entry is not None])
+    assert len(logs[0]) == 6
+    assert logs[0] == logs[1]
+    assert [prediction.shape for prediction in predictions] == [(16, 8, 64)] * 4  # logits alone
+
+
+def test_label_smoothing_of_trainer_shifts_the_labels(tmp_path: Path) -> None:
+    model, trainer = _train(tmp_path, label_smoothing_factor=0.2, max_steps=1)
+    tokens = torch.tensor(trainer.eval_dataset["input_ids"])
+    logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    expected = functional.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=0.2)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def _sft_trainer(folder: Path, **options: Any) -> SFTTrainer:
     words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(61))]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<s>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -301,23 +467,37 @@ def test_the_sft_trainer_trains_with_the_losses_of_the_router(tmp_path: Path) ->
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<s>"
     )
     texts = [" ".join(f"w{(start + step) % 61}" for step in range(4 + start % 3)) for start in range(16)]
-    model = make(torch.float32)
-    seen: list[Tensor] = []
-
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        seen.append(outputs.router_loss.detach())
-        return causal_lm_loss(outputs, labels, num_items_in_batch)
-
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(**_arguments(tmp_path, max_steps=3, max_length=8)),
-        train_dataset=Dataset.from_dict({"text": texts}),
+    data = Dataset.from_dict({"text": texts})
+    return SFTTrainer(
+        make(torch.float32, load_balancing_loss_coef=1.0, output_router_logits=True),
+        SFTConfig(**_arguments(folder, max_steps=3, max_length=8, eval_strategy="steps", eval_steps=2, **options)),
+        train_dataset=data,
+        eval_dataset=data,
         processing_class=fast,
-        compute_loss_func=loss,
+        compute_loss_func=causal_lm_loss,
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}], ids=["padded", "packed"])
+def test_the_sft_trainer_trains_and_evaluates_with_the_losses_of_the_router(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    trainer = _sft_trainer(tmp_path, **options)
     trainer.train()
-    assert len(seen) == 3
-    assert all(value > 0 for value in seen)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 3
-    assert all(torch.isfinite(torch.tensor(value)) for value in logged)
+    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader()]
+    with torch.no_grad():
+        outputs = [trainer.model.eval()(**batch, use_cache=False) for batch in batches]
+    assert all(output.router_loss > 0.5 for output in outputs)
+    expected = sum(output.loss.item() for output in outputs) / len(outputs)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_coefficient_of_trl_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"router_aux_loss_coef must be 0\.0.*compute_loss_func=causal_lm_loss.*got 0\.1"
+    ):
+        _sft_trainer(tmp_path, router_aux_loss_coef=0.1)
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef must be 0\.0.*got 0\.2"):
+        config(router_aux_loss_coef=0.2)
