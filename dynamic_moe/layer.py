@@ -122,8 +122,9 @@ class DynamicMoE(nn.Module):
     def prepack(self) -> Self:
         """Pack the weights of the experts, and of the shared expert, for inference on the CPU.
 
-        See :meth:`SwiGLUExperts.prepack <dynamic_moe.experts.prepack.Prepackable.prepack>` for when the packed copy is
-        used, what it costs and when it is dropped.
+        The packed copy is used under ``torch.no_grad()`` or ``torch.inference_mode()``; a pass that computes gradients
+        of the weights, a step of an optimizer that holds them, and ``train()`` drop it. See :meth:`SwiGLUExperts.prepack
+        <dynamic_moe.experts.prepack.Prepackable.prepack>` for what it costs and which changes are not noticed.
 
         Returns
         -------
@@ -133,7 +134,8 @@ class DynamicMoE(nn.Module):
         Raises
         ------
         ValueError
-            If the weights are float64, or not on the CPU.
+            If the weights are float64, not on the CPU, or could change without the copy being dropped: quantized,
+            sharded, offloaded, parametrized, shared with other processes, or inference tensors.
 
         Examples
         --------
