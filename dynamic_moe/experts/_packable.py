@@ -57,8 +57,8 @@ def is_plain(tensor: Tensor) -> bool:
 def _is_shared(weight: Tensor) -> bool:
     """Tell whether the memory of a weight on the CPU is a shared mapping.
 
-    ``Tensor.is_shared`` does not tell: a file that is mapped privately, as ``torch.from_file`` maps it, is shared to it,
-    and slices of a shared mapping, as ``torch.load(mmap=True)`` makes them, are not.
+    ``Tensor.is_shared`` does not tell. It is true of a file that is mapped privately, as ``torch.from_file`` maps it,
+    and false of slices of a shared mapping, as ``torch.load(mmap=True)`` makes them.
     """
     address = weight.data_ptr()
     try:
@@ -71,4 +71,4 @@ def _is_shared(weight: Tensor) -> bool:
                     return permissions.endswith("s") and not weight.is_pinned()
     except OSError:
         pass
-    return weight.is_shared()
+    return bool(weight.is_shared())  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ from dynamic_moe.experts._packable import is_plain, packable_parameter
 from dynamic_moe.ops import PackedExperts
 from dynamic_moe.ops._common import needs_grad
 
+
 class PackedCopy:
     """Expert weights packed for inference, and what they were made of.
 
@@ -216,7 +217,7 @@ def _watch_optimizers(packed: PackedCopy) -> None:
         _live_copies.add(packed)
         if not _optimizers_are_watched:
             # Disabled: a step that is compiled calls the hook all the same, and does not trace it.
-            register_optimizer_step_post_hook(torch.compiler.disable(_drop_updated))
+            register_optimizer_step_post_hook(torch.compiler.disable(_drop_updated))  # type: ignore[no-untyped-call]
             _optimizers_are_watched = True
 
 

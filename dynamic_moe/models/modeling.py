@@ -344,7 +344,7 @@ class DynamicMoEForCausalLM(DynamicMoEPreTrainedModel, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        with collect_routing() as routings:
+        with collect_routing(self.model) as routings:
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -385,7 +385,7 @@ class DynamicMoEForSequenceClassification(GenericForSequenceClassification, Dyna
         Other arguments are those of :meth:`DynamicMoEModel.forward`.
         """
         kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
-        with collect_routing() as routings:
+        with collect_routing(self.model) as routings:
             outputs = super().forward(input_ids, labels=labels, return_dict=True, **kwargs)
         result = DynamicMoESequenceClassifierOutput(**outputs)
         if labels is not None or self.training:

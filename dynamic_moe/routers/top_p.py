@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-p routing."""
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_positive
+from dynamic_moe._checks import check_at_most, check_temperature
 from dynamic_moe.routers.base import Router
 from dynamic_moe.routing import Routing
 
@@ -56,17 +55,15 @@ class TopPRouter(Router):
         super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
         if not 0.0 < p <= 1.0:
             raise ValueError(f"p must be in (0, 1], got {p!r}")
-        if max_experts is not None and check_positive("max_experts", max_experts) > num_experts:
-            raise ValueError(f"max_experts must be at most num_experts={num_experts}, got {max_experts}")
+        if max_experts is not None:
+            max_experts = check_at_most("max_experts", max_experts, "num_experts", self.num_experts)
         if threshold_rule not in ("paper", "released"):
             raise ValueError(f"threshold_rule must be 'paper' or 'released', got {threshold_rule!r}")
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
         self.p = p
         self.max_experts = max_experts
         self.renormalize = renormalize
         self.threshold_rule = threshold_rule
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
 
     def select(self, logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Routing:
         """Apply the rule to ``[T, E]`` logits."""

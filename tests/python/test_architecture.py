@@ -27,7 +27,7 @@ PACKAGE = {
     "info": {"_C"},
     "ops": {"_C"},
     "reference": {"ops"},
-    "routing": {"ops"},
+    "routing": {"_checks", "ops"},
     "losses": {"routing"},
     "collect": {"routing"},
     "routers": {"_checks", "float32_linear", "ops", "routing"},
