@@ -30,6 +30,7 @@ class CollectedRoutings(Sequence[Routing]):
         self._layers: set[nn.Module] | None = None
         self._is_open = True
         self._grad_mode = torch.is_grad_enabled()
+        self._has_warned = False
         # A linked list, newest first. torch.compile replays the store of a new head without having looked at the old
         # one. A Python list would be guarded on its length: every pass would recompile.
         self._newest: _Node | None = None
@@ -268,8 +269,11 @@ def _set_side_effects_in_checkpoints(value: bool | None) -> bool | None:
 
 def _warn_of_reentrant_checkpointing(routings: CollectedRoutings, layer: nn.Module) -> None:
     """Warn if the pass has no gradients because an autograd.Function runs it, not because the user wants none."""
+    if routings._has_warned or not expects_gradient(layer) or not _inside_autograd_function():
+        return
     layers = routings._layers_of_the_model()
-    if expects_gradient(layer) and (layers is None or layer in layers) and _inside_autograd_function():
+    if layers is None or layer in layers:
+        routings._has_warned = True
         warnings.warn(
             "routings are collected from re-entrant activation checkpointing, which runs the forward pass without "
             "gradients: losses on them count in the number and do not train the router; checkpoint with "

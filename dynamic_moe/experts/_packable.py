@@ -32,6 +32,8 @@ def packable_parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 def _reason_against(weight: Tensor) -> str:
     """What speaks against packing the weight, and what to do about it; empty if nothing does."""
+    if weight.device.type not in ("cpu", "meta"):
+        return ""  # prepack_experts says what to call there
     # getattr: FSDP 1 and DeepSpeed ZeRO 3 keep ordinary parameters and mark them.
     if getattr(weight, "_fsdp_flattened", False) or hasattr(weight, "ds_id"):
         return "a sharded weight: pack a model that is not sharded"
@@ -44,7 +46,7 @@ def _reason_against(weight: Tensor) -> str:
         )
     if weight.is_inference():
         return "an inference tensor, whose changes are not counted: build or load the module outside inference_mode"
-    if weight.device.type == "cpu" and _is_shared(weight):
+    if _is_shared(weight):
         return "memory that other processes may write to: copy the module (copy.deepcopy) and pack the copy"
     return ""
 
