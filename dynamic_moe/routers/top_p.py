@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-p routing."""
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, Self
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_positive
+from dynamic_moe._checks import check_at_most, check_temperature
 from dynamic_moe.routers.base import Router
 from dynamic_moe.routing import Routing
 
@@ -60,16 +59,14 @@ class TopPRouter(Router):
         # a scalar: torch.compile takes a float64 scalar on the CPU for a number of Python, and traces everything twice.
         self._p_tensor = torch.empty(1, dtype=torch.float64, device="cpu")
         self.p = p
-        if max_experts is not None and check_positive("max_experts", max_experts) > num_experts:
-            raise ValueError(f"max_experts must be at most num_experts={num_experts}, got {max_experts}")
+        if max_experts is not None:
+            max_experts = check_at_most("max_experts", max_experts, "num_experts", self.num_experts)
         if threshold_rule not in ("paper", "released"):
             raise ValueError(f"threshold_rule must be 'paper' or 'released', got {threshold_rule!r}")
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
         self.max_experts = max_experts
         self.renormalize = renormalize
         self.threshold_rule = threshold_rule
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
 
     @property
     def p(self) -> float:

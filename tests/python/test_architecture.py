@@ -28,7 +28,7 @@ PACKAGE = {
     "ops": {"_C"},
     "float32_linear": {"ops"},
     "reference": {"ops"},
-    "routing": {"ops"},
+    "routing": {"_checks", "ops"},
     "losses": {"routing"},
     "collect": {"routing"},
     "routers": {"_checks", "float32_linear", "ops", "routing"},
