@@ -301,8 +301,15 @@ MUTANTS = [
     Mutant(
         "expert pass: d_down_proj without the weights",
         "csrc/expert_mlp/passes.h",
-        "Simd::mul(gradient.activation, scale)",
-        "gradient.activation",
+        "kNarrowRange<typename C::T> ? Simd::broadcast(0.5f) : scale",
+        "Simd::broadcast(0.5f)",
+        "expert_mlp",
+    ),
+    Mutant(
+        "expert pass: float16's backward pass takes an infinite pre-activation as it is",
+        "csrc/expert_mlp/passes.h",
+        "if (C::Simd::any_infinite(v))",
+        "if (false)",
         "expert_mlp",
     ),
     Mutant(
