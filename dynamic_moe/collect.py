@@ -204,8 +204,11 @@ class collect_routing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        block = self._blocks[-1] if torch.compiler.is_compiling() else self._innermost_here()
-        self._blocks = [other for other in self._blocks if other is not block]
+        if torch.compiler.is_compiling():
+            block = self._blocks.pop()
+        else:
+            block = self._innermost_here()
+            self._blocks.remove(block)
         if block.routings is not None:
             block.routings._is_open = False
         if _traced.blocks:
@@ -217,8 +220,8 @@ class collect_routing:
 
     def _innermost_here(self) -> _Block:
         """The block to close, where several are open: another thread or task may have opened the last one."""
-        here = _blocks_here()
-        return next((block for block in reversed(self._blocks) if block in here), self._blocks[-1])
+        here, blocks = _blocks_here(), tuple(self._blocks)
+        return next((block for block in reversed(blocks) if block in here), blocks[-1])
 
 
 def record_routing(layer: nn.Module, routing: Routing) -> None:

@@ -105,8 +105,9 @@ class Prepackable(nn.Module):
         * when ``forward`` finds that the weights were replaced or changed in place, which torch counts
           (``Tensor._version``), and when they are loaded anew, moved or converted.
 
-        ``train()`` drops it without a warning. A compiled ``forward`` notices all of this, too, and warns once; a program
-        that ``torch.export`` made keeps what it was made with.
+        ``train()`` drops it without a warning. A compiled ``forward`` notices all of this, too, and warns when it is
+        compiled for it; only from within a checkpointed region nothing can be dropped, and ``fullgraph=True`` raises: call
+        ``train()`` before. A program that ``torch.export`` made keeps what it was made with.
 
         What torch does not count is not noticed; call ``prepack()`` again after it: writes through
         ``parameter.data`` (adapters are merged so), NumPy arrays or the untyped storage; ``torch._fused_*`` functions

@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from dynamic_moe import _C, info
 
@@ -218,12 +219,27 @@ class TestCudaToolkit:
         with pytest.raises(ValueError, match=r"^DYNAMIC_MOE_CUDA must be 0, 1 or unset, got 'yes'$"):
             cuda_toolkit.cuda_toolkit()
 
-    def test_every_default_architecture_is_judged_by_its_machine_code(self):
-        numbers = [name.removesuffix("+PTX").replace(".", "") for name in cuda_toolkit.CUDA_ARCHITECTURES.split(";")]
-        text = (ROOT / "build_support" / "cuda_check.py").read_text()
-        assert re.search(r"^ARCHITECTURES = \((.*)\)$", text, re.MULTILINE)[1] == ", ".join(
-            f'"sm_{number}"' for number in numbers
-        )
+    @pytest.mark.parametrize(
+        ("known", "architectures"),
+        [
+            ("75 80 86 87 88 89 90 100 110 103 120 121", "8.0+PTX;9.0;10.0;11.0;12.0+PTX"),  # 13.0
+            ("50 75 80 86 87 89 90 100 101 120", "8.0+PTX;9.0;10.0+PTX;12.0+PTX"),  # 12.8
+            ("50 75 80 86 87 89 90", "8.0+PTX;9.0+PTX"),  # 12.0
+            ("90 100 110 120 130", "9.0;10.0;11.0;12.0+PTX"),  # one day
+        ],
+    )
+    def test_every_toolkit_compiles_what_it_knows_and_ptx_for_the_rest(self, known, architectures, monkeypatch):
+        assert cuda_toolkit.architecture_list(set(known.split())) == architectures
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+        assert sorted(cuda_toolkit.code_flags(architectures)) == cpp_extension._get_cuda_arch_flags()
+
+    def test_nvcc_is_asked_what_it_knows(self, folder):
+        nvcc = folder / "bin" / "nvcc"
+        nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && printf "compute_75\\ncompute_80\\ncompute_90\\n"\n')
+        assert cuda_toolkit.cuda_architectures(folder) == "8.0+PTX;9.0+PTX"
+        nvcc.write_text("#!/bin/sh\necho compute_75\n")
+        with pytest.raises(RuntimeError, match="nvcc must know one of"):
+            cuda_toolkit.cuda_architectures(folder)
 
 
 @pytest.mark.level_independent
