@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// float32_linear, float32_linear_dx and float32_linear_dw. CUDA has no kernels of its own for them: they are the grouped
-// matmul of a single group, without TF32.
+// float32_linear, float32_linear_dx and float32_linear_dw. CUDA has no kernels of its own for them: they are the
+// grouped matmul of a single group, without TF32.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -129,9 +129,12 @@ GatingOutputs top_p_gating_tensor(const Tensor& logits, const Tensor& top_p, int
 template <class Backend>
 GatingOutputs top_k_gating(const Tensor& logits, int64_t k, bool renormalize, double temperature,
                            const OptionalTensor& token_mask, bool check_finite) {
-  const GatingRule rule{
-      .is_top_p = false, .top_p = 1.0, .device_top_p = nullptr, .rule = ThresholdRule::kPaper,
-      .max_experts_name = "k", .max_experts = k};
+  const GatingRule rule{.is_top_p = false,
+                        .top_p = 1.0,
+                        .device_top_p = nullptr,
+                        .rule = ThresholdRule::kPaper,
+                        .max_experts_name = "k",
+                        .max_experts = k};
   return gating<Backend>(logits, rule, renormalize, temperature, token_mask, check_finite);
 }
 

@@ -106,8 +106,8 @@ class Prepackable(nn.Module):
           (``Tensor._version``), and when they are loaded anew, moved or converted.
 
         ``train()`` drops it without a warning. A compiled ``forward`` notices all of this, too, and warns when it is
-        compiled for it; only from within a checkpointed region nothing can be dropped, and ``fullgraph=True`` raises: call
-        ``train()`` before. A program that ``torch.export`` made keeps what it was made with.
+        compiled for it; only from within a checkpointed region nothing can be dropped, and ``fullgraph=True`` raises:
+        call ``train()`` before. A program that ``torch.export`` made keeps what it was made with.
 
         What torch does not count is not noticed; call ``prepack()`` again after it: writes through
         ``parameter.data`` (adapters are merged so), NumPy arrays or the untyped storage; ``torch._fused_*`` functions

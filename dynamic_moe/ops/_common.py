@@ -276,4 +276,4 @@ def _functorch_function(op: OpOverload, setup_context: Callable[..., None], back
 
 
 def _class_name(op: OpOverload) -> str:
-    return op.name().replace("::", "_").replace(".", "_")
+    return str(op._name).replace("::", "_").replace(".", "_")

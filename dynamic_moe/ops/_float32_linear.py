@@ -15,8 +15,9 @@ from dynamic_moe.ops._common import differentiable, raw, register_fake
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T`` with float32 products and sums: ``[T, E]``, differentiable any number of times in reverse mode.
 
-    ``torch.set_float32_matmul_precision``, ``torch.backends.*.fp32_precision`` and autocast do not change it, here or in
-    the backward pass, and neither does the number of threads. For the backward pass x and weight are kept as they came.
+    ``torch.set_float32_matmul_precision``, ``torch.backends.*.fp32_precision`` and autocast do not change it, here or
+    in the backward pass, and neither does the number of threads. For the backward pass x and weight are kept as they
+    came.
 
     Parameters
     ----------
@@ -63,7 +64,11 @@ def _backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, Tensor | None]
 def _dx_backward(ctx: Any, d_dx: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     d_logits, weight = ctx.saved_tensors
     need_d_logits, need_weight, _ = ctx.needs_input_grad
-    return _forward(d_dx, weight) if need_d_logits else None, _dw(d_logits, d_dx, weight.dtype) if need_weight else None, None
+    return (
+        _forward(d_dx, weight) if need_d_logits else None,
+        _dw(d_logits, d_dx, weight.dtype) if need_weight else None,
+        None,
+    )
 
 
 def _dw_backward(ctx: Any, d_dw: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

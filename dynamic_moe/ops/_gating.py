@@ -81,8 +81,8 @@ def top_p_gating(
     p : float or Tensor, default 0.4
         Mass to reach, in (0, 1]. 1 selects ``max_experts`` experts. As a tensor of one element, on the CPU or on the
         device of the logits, it may change from call to call without ``torch.compile`` compiling anew, and in a CUDA
-        graph. It has no gradient. On a CUDA device its value is not checked: up to 0 (and NaN) it gives one expert, from
-        1 on ``max_experts``.
+        graph. It has no gradient. On a CUDA device its value is not checked: up to 0 (and NaN) it gives one expert,
+        from 1 on ``max_experts``.
     max_experts : int, optional
         K, in [1, E]. Default: E, which is exact.
     threshold_rule : {"paper", "released"}, default "paper"
