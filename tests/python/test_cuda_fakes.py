@@ -121,7 +121,8 @@ def operators(graph: torch.fx.Graph) -> list[str]:
 def test_a_forward_pass_of_the_layer_is_traced(fake: FakeTensorMode) -> None:
     module = layer(shared_intermediate_size=8, shared_gated=True)
     graph = traced(lambda x: module(x), empty(3, 4, H))
-    assert operators(graph) == ["top_p_gating", "permute", "expert_mlp", "permute", "expert_mlp"]
+    routed, shared = ["float32_linear", "top_p_gating", "permute", "expert_mlp"], ["permute", "expert_mlp"]
+    assert operators(graph) == [*routed, "float32_linear", *shared]
 
 
 @torch.no_grad()
@@ -153,15 +154,30 @@ def test_the_backward_operators_are_traced(fake: FakeTensorMode) -> None:
             ),
             d_rows,
             d_weights,
+            raw.float32_linear_dx(empty(T, E, dtype=torch.float32), empty(E, H), torch.bfloat16),
+            raw.float32_linear_dw(empty(T, E, dtype=torch.float32), x, torch.bfloat16),
         )
 
     x = empty(T, H)
     gate_up, down = empty(E, 2 * I, H), empty(E, H, I)
     weights, ids = empty(T, K, dtype=torch.float32), empty(T, K, dtype=torch.int32)
     graph = traced(backward, x, x, gate_up, down, weights, ids)
-    assert set(operators(graph)) == ON_CUDA - {"combine", "grouped_matmul", "top_k_gating", "top_p_gating"}
+    forward = {"combine", "float32_linear", "grouped_matmul", "top_k_gating", "top_p_gating", "top_p_gating.tensor"}
+    assert set(operators(graph)) == ON_CUDA - forward
     shapes = [tuple(node.meta["val"].shape) for node in next(iter(reversed(graph.nodes))).args[0]]
-    assert shapes == [(T, H), (E, 2 * I, H), (E, H, I), (T, K), (T, H), (E, 2 * I, H), (T, E), (T * K, H), (T, K)]
+    assert shapes == [
+        (T, H),
+        (E, 2 * I, H),
+        (E, H, I),
+        (T, K),
+        (T, H),
+        (E, 2 * I, H),
+        (T, E),
+        (T * K, H),
+        (T, K),
+        (T, H),
+        (E, H),
+    ]
 
 
 @pytest.mark.gpu  # torch asks the device for a context before it goes backward, also with fake tensors
