@@ -172,6 +172,7 @@ def test_a_mask_for_a_whole_cache_compiles(kind: str) -> None:
     model, tokens = make(torch.float32), ids(2, 8)
     mask = torch.ones(2, 16, dtype=torch.int64)
     mask[0, :2], mask[:, 8:] = 0, 0
+    torch.compiler.reset()
     compiled, cache, logits = torch.compile(model, fullgraph=True, backend="aot_eager"), CACHES[kind](), []
     with torch.no_grad():
         for step in (slice(0, 5), slice(5, 8)):
