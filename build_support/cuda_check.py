@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every CUDA kernel for every architecture, looks into the machine code, and fails on what costs speed.
+"""Compiles every CUDA kernel as a default build does, looks into the machine code, and fails on what costs speed.
 
 Needs nvcc and no GPU: ``make cuda-check``. Fails on
 
 * any access to local memory, so on any spill;
 * a hot loop of a tensor-core matmul without HMMA, LDSM and 16-byte asynchronous copies;
 * a store of one or two bytes in the epilogue of an aligned matmul;
-* more registers than the policy of the matmul (``csrc/grouped_matmul/policy.h``) says.
+* more registers than the policy of the matmul (``csrc/grouped_matmul/policy.h``) says;
+* a device from compute capability 8.0 on that can run neither machine code nor PTX of an object.
 
 Writes ``docs/kernels.md``: what each kernel takes, and lower bounds on time that follow for two GPUs.
 """
@@ -14,6 +15,7 @@ Writes ``docs/kernels.md``: what each kernel takes, and lower bounds on time tha
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shutil
@@ -29,12 +31,12 @@ from pathlib import Path
 import occupancy
 import sass
 from compile_flags import CSRC, ROOT, compiler, cuda_flags
-from cuda_toolkit import TORCH_DEFINES, cuda_toolkit, nvcc_version
+from cuda_toolkit import TORCH_DEFINES, code_flags, cuda_architectures, cuda_toolkit, nvcc_version
+from device_code import DEVICES, Target, code_of, targets, without_code
 from kernel_report import write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 MAX_THREADS = b"\x04\x05\x0c\x00"  # EIATTR_MAX_THREADS in .nv.info: three 32-bit sizes follow
 
 
@@ -80,63 +82,100 @@ class Compiled:
     findings: list[str]
 
 
+@dataclass(frozen=True)
+class Object:
+    """A compiled file: its kernels on every architecture, and what it holds code for."""
+
+    source: Path
+    kernels: list[Compiled]
+    cubins: set[Target]
+    ptx: set[Target]
+
+
 Policies = dict[tuple[str, str, str], Tile]
 
 
 def main() -> int:
     """Compile, check, report; return 0 if nothing was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
-    parser.add_argument("--report", type=Path, help="default: docs/kernels.md if all architectures are checked")
+    parser.add_argument("--arch", nargs="+", help="such as 8.0 or 12.0+PTX; default: those of a default build")
+    parser.add_argument("--report", type=Path, help="default: docs/kernels.md if --arch is not given")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at once")
     options = parser.parse_args()
     toolkit = cuda_toolkit()
     if toolkit is None:
         sys.exit("cuda-check needs a CUDA toolkit: set CUDA_HOME to its folder")
     console = Console()
-    sources = sorted(path for path in CSRC.rglob("*.cu"))
-    policies = {arch: policy_table(arch) for arch in options.arch}
-    kernels: list[Compiled] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(options.jobs) as pool,
-        Progress(*columns, console=console) as progress,
-    ):
-        task = progress.add_task("Compiling and reading", total=len(sources) * len(options.arch))
-        jobs = {
-            pool.submit(examine, toolkit, source, arch, Path(folder), policies[arch]): (source, arch)
-            for source in sources
-            for arch in options.arch
-        }
-        for job in as_completed(jobs):
-            source, arch = jobs[job]
-            kernels += job.result()
-            progress.update(task, advance=1, description=f"{source.name} for {arch}")
-    kernels.sort(key=lambda kernel: (kernel.name, ARCHITECTURES.index(kernel.arch)))
+    architectures = ";".join(options.arch or []) or cuda_architectures(toolkit)
+    objects = compile_all(toolkit, architectures, options.jobs, console)
+    kernels = [kernel for each in objects for kernel in each.kernels]
+    kernels.sort(key=lambda kernel: (kernel.name, int(kernel.arch.strip("sm_af"))))
     failed = [kernel for kernel in kernels if kernel.findings]
     for kernel in failed:
         console.print(f"[red]{kernel.arch}[/red] {kernel.name}", highlight=False, markup=True)
         for finding in kernel.findings:
             console.print(f"    {finding}", highlight=False, markup=False)
-    report = options.report
-    if report is None and tuple(options.arch) == ARCHITECTURES:
-        report = ROOT / "docs" / "kernels.md"
+    lacking = [] if options.arch else [each for each in objects if without_code(each.cubins, each.ptx)]
+    for each in lacking:
+        devices = ", ".join(without_code(each.cubins, each.ptx))
+        console.print(f"{each.source.name}: no code for devices of compute capability {devices}", highlight=False)
+    report = options.report or (None if options.arch else ROOT / "docs" / "kernels.md")
     if report is not None:
-        write_report(report, kernels, nvcc_version(toolkit))
+        write_report(report, kernels, code_by_device(objects), nvcc_version(toolkit))
         console.print(f"Wrote {report}", highlight=False)
     names = len({kernel.name for kernel in kernels})
-    console.print(f"cuda-check: {names} kernels, {len(kernels)} compiled, {len(failed)} with findings")
-    return 1 if failed or not kernels else 0
+    console.print(
+        f"cuda-check: {names} kernels for {architectures}, {len(kernels)} compiled, {len(failed)} with findings; "
+        f"{len(objects)} objects, {len(lacking)} without code for some device",
+        highlight=False,
+    )
+    return 1 if failed or lacking or not kernels else 0
 
 
-def examine(toolkit: Path, source: Path, arch: str, folder: Path, policies: Policies) -> list[Compiled]:
-    """Compile a file for one architecture and look at its kernels."""
-    cubin = folder / f"{source.stem}.{arch}.cubin"
-    virtual = arch.replace("sm_", "compute_")
-    command = [toolkit / "bin" / "nvcc", *cuda_flags(), *TORCH_DEFINES, f"-I{CSRC}"]
-    command += [f"-gencode=arch={virtual},code={arch}", "-cubin", source, "-o", cubin]
-    run(command)
+def compile_all(toolkit: Path, architectures: str, jobs: int, console: Console) -> list[Object]:
+    """Compile and examine every CUDA file; those of host code only are left out."""
+    sources = sorted(CSRC.rglob("*.cu"))
+    objects = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(jobs) as pool,
+        Progress(*columns, console=console) as progress,
+    ):
+        task = progress.add_task("Compiling and reading", total=len(sources))
+        waiting = {pool.submit(examine, toolkit, source, architectures, Path(folder)): source for source in sources}
+        for job in as_completed(waiting):
+            if job.result().kernels:
+                objects.append(job.result())
+            progress.update(task, advance=1, description=waiting[job].name)
+    return objects
+
+
+def code_by_device(objects: list[Object]) -> dict[str, str | None]:
+    """Return what each device runs; None where it has no code for one of the objects."""
+    runs: dict[str, str | None] = {}
+    for device in DEVICES:
+        codes = {code_of(device, each.cubins, each.ptx) for each in objects}
+        runs[device] = None if None in codes else ", ".join(sorted(map(str, codes)))
+    return runs
+
+
+def examine(toolkit: Path, source: Path, architectures: str, folder: Path) -> Object:
+    """Compile a file for all architectures at once and look at the kernels of each."""
+    built = folder / f"{source.stem}.o"
+    command = [toolkit / "bin" / "nvcc", *cuda_flags(), *TORCH_DEFINES, f"-I{CSRC}", *code_flags(architectures)]
+    run([*command, "-c", source, "-o", built])
+    cubins = run([tool("cuobjdump"), "--list-elf", built])
+    ptx = run([tool("cuobjdump"), "--list-ptx", built])
+    run([tool("cuobjdump"), "--extract-elf", "all", built], folder=folder)
+    kernels = []
+    for name, arch in re.findall(r": +(\S+\.(sm_\w+)\.cubin)$", cubins, re.MULTILINE):
+        kernels += examine_cubin(folder / name, arch)
+    return Object(source, kernels, targets(cubins), targets(ptx))
+
+
+def examine_cubin(cubin: Path, arch: str) -> list[Compiled]:
+    """Look at the kernels of a file on one architecture."""
     usage = run([tool("cuobjdump"), "--dump-resource-usage", cubin])
     resources = {
         name: (int(registers), int(shared))
@@ -147,6 +186,7 @@ def examine(toolkit: Path, source: Path, arch: str, folder: Path, policies: Poli
     threads = max_threads(cubin.read_bytes())
     code = list(sass.parse(run([tool("nvdisasm"), "-c", cubin])))
     names = demangle([kernel.name for kernel in code])
+    policies = policy_table(arch)
     return [
         judge(arch, kernel, names[kernel.name], threads.get(kernel.name, 1024), *resources[kernel.name], policies)
         for kernel in code
@@ -196,26 +236,34 @@ def tile_of(mangled: str, policies: Policies) -> Tile | None:
 
 
 def policy_table(arch: str) -> Policies:
-    """Let the policy print itself and return the lines of one architecture, for each product."""
+    """Return the policy's lines of one architecture, for each product."""
+    return parse_policies(printed_policies(), arch)
+
+
+@functools.cache
+def printed_policies() -> str:
+    """Let the policy print itself."""
     program = '#include <iostream>\n#include "grouped_matmul/policy.h"\n'
     program += "int main() { dynamic_moe::print_policies(std::cout); }\n"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "policies.cpp", Path(folder) / "policies"
         source.write_text(program)
         run([*compiler(), "-std=c++20", f"-I{CSRC}", source, "-o", binary])
-        return parse_policies(run([binary]), arch.rstrip("a"))
+        return run([binary])
 
 
 def parse_policies(text: str, arch: str) -> Policies:
-    """Read what ``print_policies`` prints."""
+    """Read what ``print_policies`` prints of an architecture, or of the last one before it that has its own lines."""
     line = re.compile(
-        r"^(\w+), (\w+), ([\w ]+): (\d+) x (\d+) x (\d+), (\d+) stages, (\d+) x (\d+) warps, "
+        r"^sm_(\d+), (\w+), ([\w ]+): (\d+) x (\d+) x (\d+), (\d+) stages, (\d+) x (\d+) warps, "
         r"at most (\d+) registers, (\d+) blocks per SM, (\d+) bytes",
         re.MULTILINE,
     )
+    lines = list(line.finditer(text))
+    own = max(int(match[1]) for match in lines if int(match[1]) <= int(arch.strip("sm_af")))
     policies = {}
-    for match in line.finditer(text):
-        if match[1] != arch:
+    for match in lines:
+        if int(match[1]) != own:
             continue
         m, n, k, stages, warps_m, warps_n, registers, _, shared = map(int, match.groups()[3:])
         for product in ("forward", "input gradient", "weight gradient"):
@@ -274,9 +322,11 @@ def tool(name: str) -> str:
     return str(found[-1])
 
 
-def run(command: list[str | Path], text: str | None = None) -> str:
+def run(command: list[str | Path], text: str | None = None, folder: Path | None = None) -> str:
     """Run a command and return its output; a failure shows what it printed."""
-    result = subprocess.run(list(map(str, command)), input=text, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        list(map(str, command)), input=text, cwd=folder, capture_output=True, text=True, check=False
+    )
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{result.stdout}{result.stderr}")
     return result.stdout

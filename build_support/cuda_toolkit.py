@@ -10,7 +10,10 @@ import subprocess
 from pathlib import Path
 
 PLACES = ("/usr/local/cuda",)  # where it is looked for beside CUDA_HOME, CUDA_PATH and PATH
-CUDA_ARCHITECTURES = "8.0;9.0a;10.0a;12.0+PTX"  # in the form of TORCH_CUDA_ARCH_LIST
+
+# Compute capabilities that get machine code: the first of each major number, whose code later minor numbers run. No
+# instruction of the kernels needs the "a" targets, whose code runs on one capability alone.
+CAPABILITIES = ("8.0", "9.0", "10.0", "11.0", "12.0")
 
 # torch.utils.cpp_extension adds these, which take conversions and operators of the 16-bit types away: other builds of
 # the kernels add them too, so that all see one language.
@@ -41,6 +44,40 @@ def cuda_toolkit() -> Path | None:
     if wish == "1":
         raise RuntimeError("DYNAMIC_MOE_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to its folder")
     return None
+
+
+def cuda_architectures(toolkit: Path) -> str:
+    """Return what a toolkit compiles for by default, in the form of TORCH_CUDA_ARCH_LIST: every device from 8.0 on."""
+    command = [toolkit / "bin" / "nvcc", "--list-gpu-arch"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return architecture_list(set(re.findall(r"^compute_(\d+)$", output, re.MULTILINE)))
+
+
+def architecture_list(known: set[str]) -> str:
+    """Choose among the capabilities that nvcc knows, such as ``90``.
+
+    PTX, which the driver compiles for any device above, goes with the last one before each that nvcc does not know, so
+    for devices newer than the toolkit, too; and with 8.0, because integrated devices (Jetson Orin, 8.7) are promised no
+    machine code but their own.
+    """
+    names = []
+    for capability, following in zip(CAPABILITIES, (*CAPABILITIES[1:], ""), strict=True):
+        if capability.replace(".", "") in known:
+            needs_ptx = capability == CAPABILITIES[0] or following.replace(".", "") not in known
+            names.append(capability + ("+PTX" if needs_ptx else ""))
+    if not names:
+        raise RuntimeError(f"nvcc must know one of the compute capabilities {', '.join(CAPABILITIES)}, got {known}")
+    return ";".join(names)
+
+
+def code_flags(architectures: str) -> list[str]:
+    """Return nvcc's flags for a list as `architecture_list` makes it."""
+    flags = []
+    for name in architectures.split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags
 
 
 def nvcc_version(toolkit: Path) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from device_code import DEVICES
+
 if TYPE_CHECKING:
     from cuda_check import Compiled, Tile
 
@@ -38,7 +40,7 @@ GPUS = (
     ),
     Gpu(
         "H100 80 GB SXM",
-        "sm_90a",
+        "sm_90",
         132,
         1.83e9,
         3.35e12,
@@ -103,12 +105,12 @@ def bound(gpu: Gpu, problem: Problem, tile: Tile, loop_instructions: int) -> Bou
     )
 
 
-def write_report(path: Path, kernels: list[Compiled], nvcc: str) -> None:
-    """Write the report."""
-    path.write_text("\n".join(lines(kernels, nvcc)) + "\n")
+def write_report(path: Path, kernels: list[Compiled], runs: dict[str, str | None], nvcc: str) -> None:
+    """Write the report. `runs`: the code that each device runs."""
+    path.write_text("\n".join(lines(kernels, runs, nvcc)) + "\n")
 
 
-def lines(kernels: list[Compiled], nvcc: str) -> Iterator[str]:
+def lines(kernels: list[Compiled], runs: dict[str, str | None], nvcc: str) -> Iterator[str]:
     """Yield the report line by line."""
     architectures = list(dict.fromkeys(kernel.arch for kernel in kernels))
     architectures.sort(key=lambda arch: int("".join(filter(str.isdigit, arch))))
@@ -117,8 +119,8 @@ def lines(kernels: list[Compiled], nvcc: str) -> Iterator[str]:
     yield (
         f"Written by `make cuda-check` with nvcc {nvcc}; no GPU was used. It fails on local memory (spills), on a hot "
         "loop of a tensor-core product without HMMA, LDSM and 16-byte LDGSTS, on a one- or two-byte store in an "
-        "aligned epilogue, and on more registers than `csrc/grouped_matmul/policy.h` allows. [cuda.md](cuda.md) "
-        "explains the kernels."
+        "aligned epilogue, on more registers than `csrc/grouped_matmul/policy.h` allows, and on a device without "
+        "code. [cuda.md](cuda.md) explains the kernels."
     )
     yield ""
     yield "## Findings"
@@ -127,6 +129,17 @@ def lines(kernels: list[Compiled], nvcc: str) -> Iterator[str]:
     yield from (f"- `{kernel.name}`, {kernel.arch}: {'; '.join(kernel.findings)}" for kernel in found)
     if not found:
         yield "None."
+    yield ""
+    yield "## Which device runs which code"
+    yield ""
+    yield (
+        "As `cuobjdump` lists the objects of a default build. Machine code runs on later minor numbers of its major "
+        "one, but integrated devices are promised their own only; the driver compiles PTX at first use."
+    )
+    yield ""
+    yield "| compute capability | for example | code |"
+    yield "|---|---|---|"
+    yield from (f"| {device} | {DEVICES[device]} | {code or '**none**'} |" for device, code in runs.items())
     yield ""
     yield "## Lower bounds on time"
     yield ""

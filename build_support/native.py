@@ -25,7 +25,7 @@ from pathlib import Path
 import ninja
 import pybind11
 from compile_flags import CSRC, ROOT, base_flags, compiled_levels, compiler, cuda_flags, flag_table, level_of
-from cuda_toolkit import CUDA_ARCHITECTURES, cuda_toolkit, nvcc_version
+from cuda_toolkit import cuda_architectures, cuda_toolkit, nvcc_version
 from setuptools import Extension
 from torch.utils import cpp_extension
 
@@ -42,9 +42,10 @@ def extension() -> Extension:
     cpp_sources = [path for path in sorted(CSRC.rglob("*.cpp")) if level_of(path) is None]
     sources = [os.path.relpath(path, ROOT) for path in cpp_sources + cuda_sources]
     make = cpp_extension.CUDAExtension if cuda_sources else cpp_extension.CppExtension
-    if cuda_sources:
+    if toolkit and cuda_sources:
         cpp_extension.CUDA_HOME = str(toolkit)  # None there if torch is a CPU build
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)  # cpp_extension would ask a GPU
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # cpp_extension would ask a GPU
+            os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(toolkit)
     elif os.environ.get("DYNAMIC_MOE_CUDA") == "1":
         print("warning: csrc/ holds no CUDA kernel, so this is a CPU build", file=sys.stderr)
     result = make(

@@ -29,8 +29,9 @@ class Limits:
 
 LIMITS = {
     "sm_80": Limits(64, 32, 164 * KIB),
-    "sm_90a": Limits(64, 32, 228 * KIB),
-    "sm_100a": Limits(64, 32, 228 * KIB),
+    "sm_90": Limits(64, 32, 228 * KIB),
+    "sm_100": Limits(64, 32, 228 * KIB),
+    "sm_110": Limits(48, 24, 228 * KIB),
     "sm_120": Limits(48, 24, 100 * KIB),
 }
 

@@ -44,13 +44,18 @@ if(NOT CMAKE_CROSSCOMPILING AND NOT DEFINED DYNAMIC_MOE_RUNNABLE_LEVELS)
   try_run(
     ran compiled SOURCES ${PROJECT_SOURCE_DIR}/cmake/print_runnable_levels.cpp
     ${PROJECT_SOURCE_DIR}/csrc/common/isa.cpp ${PROJECT_SOURCE_DIR}/csrc/common/cpu_features.cpp
+    ${PROJECT_SOURCE_DIR}/csrc/common/tile_permission.cpp
     CMAKE_FLAGS -DINCLUDE_DIRECTORIES=${PROJECT_SOURCE_DIR}/csrc
     COMPILE_DEFINITIONS ${definitions}
     CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON
     COMPILE_OUTPUT_VARIABLE compile_output
-    RUN_OUTPUT_VARIABLE run_output)
+    RUN_OUTPUT_STDOUT_VARIABLE run_output
+    RUN_OUTPUT_STDERR_VARIABLE run_errors)
   if(NOT compiled OR NOT ran EQUAL 0)
-    message(FATAL_ERROR "Cannot tell which CPU levels this machine runs:\n${compile_output}\n${run_output}")
+    message(FATAL_ERROR "Cannot tell which CPU levels this machine runs:\n${compile_output}\n${run_output}${run_errors}")
+  endif()
+  if(run_errors)
+    message(WARNING "${run_errors}")
   endif()
   string(STRIP "${run_output}" run_output)
   set(DYNAMIC_MOE_RUNNABLE_LEVELS "${run_output}" CACHE STRING "CPU levels that the tests run at")

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import operator
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import overload
+from contextvars import ContextVar
+from types import FrameType, TracebackType
+from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
-from dynamic_moe.routing import Routing
+from dynamic_moe.routing import Routing, expects_gradient, mark_missing_gradient
 
 # Wrappers put these into the names of modules; the name that the user wrote has none of them.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -24,20 +27,35 @@ class CollectedRoutings(Sequence[Routing]):
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = model
-        self._layers = None if model is None else set(model.modules())
-        # A linked list, newest first: (layer, routing, older). torch.compile replays the store of a new head without
-        # having looked at the old one. A Python list would be guarded on its length: every pass would recompile.
+        self._layers: set[nn.Module] | None = None
+        self._is_open = True
+        self._grad_mode = torch.is_grad_enabled()
+        self._has_warned = False
+        # A linked list, newest first. torch.compile replays the store of a new head without having looked at the old
+        # one. A Python list would be guarded on its length: every pass would recompile.
         self._newest: _Node | None = None
 
     def _records(self) -> list[tuple[nn.Module, Routing]]:
         records = []
+        layers = self._layers_of_the_model()
         node = self._newest
         while node is not None:
-            layer, routing, node = node
-            if self._layers is None or layer in self._layers:
+            layer, routing, was_training, node = node
+            if layers is None or layer in layers:
                 records.append((layer, routing))
+                if was_training and self._grad_mode and not torch.compiler.is_compiling():
+                    mark_missing_gradient(layer, routing)
         records.reverse()
         return records
+
+    def _layers_of_the_model(self) -> set[nn.Module] | None:
+        """The modules of the model, looked up when they are wanted: a pass whose routings nobody reads is spared it."""
+        if self._model is None or self._layers is not None:
+            return self._layers
+        layers = set(self._model.modules())
+        if not self._is_open:
+            self._layers = layers
+        return layers
 
     def __len__(self) -> int:
         return len(self._records())
@@ -67,21 +85,53 @@ class CollectedRoutings(Sequence[Routing]):
         names = {module: _plain_name(name) for name, module in self._model.named_modules()}
         layers: dict[str, list[Routing]] = {}
         for layer, routing in self._records():
-            layers.setdefault(names[layer], []).append(routing)
+            if layer in names:
+                layers.setdefault(names[layer], []).append(routing)
         return layers
 
 
-_Node = tuple[nn.Module, Routing, "_Node | None"]
+# Layer, routing, whether the layer was in training mode, older node.
+_Node = tuple[nn.Module, Routing, bool, "_Node | None"]
 
 
-class _ActiveCollections(threading.local):
-    """The open blocks of this thread, outermost first."""
+class _Block:
+    """An open block: where its records go, and from which passes."""
+
+    def __init__(self, routings: CollectedRoutings) -> None:
+        self.routings: CollectedRoutings | None = routings  # None once it is closed: contexts keep the block itself
+        self.graph_task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        self.config: bool | None = None  # what to set the compiler's option to after the last block
+
+    def __bool__(self) -> bool:
+        # In another backward pass than the one the block was opened in, a layer only repeats a checkpointed forward
+        # pass, which was recorded when it ran first.
+        return self.routings is not None and torch._C._current_graph_task_id() == self.graph_task
+
+    # torch.compile does not trace a property whose getter is a builtin function: every call of compiled code reads it,
+    # as a guard.
+    is_recording = property(operator.truth)
+
+
+_open_blocks: ContextVar[Any] = ContextVar("dynamic_moe_open_blocks")
+
+
+class _Context:
+    """What is open in the running thread and task."""
+
+    # A tuple of blocks, outermost first; this object itself, the default of `get`, where there is none. A property for
+    # torch.compile, see above: it cannot trace a ContextVar.
+    blocks = property(_open_blocks.get)
+
+
+class _TracedBlocks(threading.local):
+    """Blocks that were opened by code which torch.compile traces: it can trace a list."""
 
     def __init__(self) -> None:
-        self.stack: list[CollectedRoutings] = []
+        self.blocks: list[_Block] = []
 
 
-_active = _ActiveCollections()
+_context = _Context()
+_traced = _TracedBlocks()
 
 
 class collect_routing:
@@ -94,8 +144,13 @@ class collect_routing:
         loss = task(logits) + 1e-2 * losses.load_balancing(routings)
         loss.backward()
 
-    Open one block for each forward pass; several passes in one block are recorded one after the other. Blocks may be
-    nested: each gets everything that runs inside it. A block sees the layers that run in its own thread.
+    Open one block for each forward pass; several passes in one block are recorded one after the other, as are several
+    calls of one layer. Blocks may be nested: each gets everything that runs while it is open, in whatever order they
+    are closed.
+
+    A block sees what runs in its own context (:mod:`contextvars`): in its thread and its asyncio task, and in tasks and
+    ``asyncio.to_thread`` calls that are started while it is open. Code that a generator is suspended in runs in the
+    context of its caller, so a block across a ``yield`` also sees what the caller runs meanwhile; give it its model.
 
     The routings carry gradients and keep their autograd graph alive; keep :meth:`Routing.detach` or
     :meth:`Routing.statistics` for longer.
@@ -105,13 +160,13 @@ class collect_routing:
         again, and several passes in one block, do not recompile. With CUDA graphs the tensors are overwritten by
         the next pass, as all outputs are.
     With activation checkpointing
-        Use ``use_reentrant=False``. The recomputation in the backward pass is not recorded again. (Re-entrant
-        checkpointing runs the forward pass without gradients, so what is collected in it has none.)
+        Use ``use_reentrant=False``. The recomputation in the backward pass is not recorded again. Re-entrant
+        checkpointing runs the forward pass without gradients, so what is collected in it has none: in training there
+        is a warning.
     With both
         Checkpoint calls inside a compiled region need
         ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``. A block that is opened outside
-        the compiled region sets it for as long as it is open; for one that is opened inside, set it yourself. Where
-        compiled code lies inside an eager checkpoint, close the block before the backward pass.
+        the compiled region sets it for as long as it is open; for one that is opened inside, set it yourself.
 
     ``layer(x, return_routing=True)`` returns the routing instead, and needs none of this.
 
@@ -119,48 +174,126 @@ class collect_routing:
     ----------
     model : Module, optional
         Collect only from layers of this model, compiled or not, and let :meth:`CollectedRoutings.by_layer` name them.
-        Default: from all layers.
+        Which layers it has is looked up when the routings are read. Default: from all layers, also those of other
+        models that run meanwhile, such as a teacher in a hook.
+
+    Raises
+    ------
+    ValueError
+        If ``model`` is not a module.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
         self._model = model
-        self._config = contextlib.ExitStack()
+        self._blocks: list[_Block] = []  # those that this object has open, in whatever contexts
 
     def __enter__(self) -> CollectedRoutings:
         routings = CollectedRoutings(self._model)
-        if not torch.compiler.is_compiling():
-            self._config.enter_context(_side_effects_in_compiled_checkpoints())
-        _active.stack.append(routings)
+        block = _Block(routings)
+        self._blocks.append(block)
+        if torch.compiler.is_compiling():
+            _traced.blocks.append(block)
+        else:
+            others = _blocks_here()
+            block.config = others[0].config if others else _set_side_effects_in_checkpoints(True)
+            _open_blocks.set((*others, block))
         return routings
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _active.stack.pop()
-        if not torch.compiler.is_compiling():
-            self._config.close()
+        if torch.compiler.is_compiling():
+            block = self._blocks.pop()
+        else:
+            block = self._innermost_here()
+            self._blocks.remove(block)
+        if block.routings is not None:
+            block.routings._is_open = False
+        if _traced.blocks:
+            _traced.blocks[:] = [other for other in _traced.blocks if other is not block]
+        if torch.compiler.is_compiling():
+            block.routings = None
+        else:
+            _close(block)
+
+    def _innermost_here(self) -> _Block:
+        """The block to close, where several are open: another thread or task may have opened the last one."""
+        here, blocks = _blocks_here(), tuple(self._blocks)
+        return next((block for block in reversed(blocks) if block in here), blocks[-1])
 
 
 def record_routing(layer: nn.Module, routing: Routing) -> None:
     """Hand a layer's routing to every open :class:`collect_routing` block; for layers that are not ``DynamicMoE``."""
-    if _in_backward():
+    blocks = _context.blocks
+    if blocks is not _context:
+        for block in blocks:
+            if block.is_recording:
+                _record(block, layer, routing)
+    for block in _traced.blocks:
+        _record(block, layer, routing)
+
+
+def _record(block: _Block, layer: nn.Module, routing: Routing) -> None:
+    routings = block.routings
+    assert routings is not None
+    routings._newest = (layer, routing, layer.training, routings._newest)
+    if not torch.compiler.is_compiling() and routings._grad_mode and layer.training and not torch.is_grad_enabled():
+        _warn_of_reentrant_checkpointing(routings, layer)
+
+
+def _blocks_here() -> list[_Block]:
+    """The blocks that are open in this context, outermost first."""
+    blocks = _context.blocks
+    return [] if blocks is _context else [block for block in blocks if block.routings is not None]
+
+
+def _close(block: _Block) -> None:
+    was_here = block in _blocks_here()
+    block.routings = None
+    others = _blocks_here()
+    _open_blocks.set(tuple(others) if others else _context)
+    if was_here and not others:
+        _set_side_effects_in_checkpoints(block.config)
+
+
+def _set_side_effects_in_checkpoints(value: bool | None) -> bool | None:
+    """Let the compiler record inside a checkpointed region, once, and not again in the recomputation.
+
+    Returns what the option was before; None where there is none. It belongs to the context, as the blocks do.
+    """
+    config: Any = sys.modules.get("torch._dynamo.config")  # absent: nothing can have been compiled yet
+    before: bool | None = getattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint", None)
+    if before is not None and value is not None:
+        config.skip_fwd_side_effects_in_bwd_under_checkpoint = value
+    return before
+
+
+def _warn_of_reentrant_checkpointing(routings: CollectedRoutings, layer: nn.Module) -> None:
+    """Warn if the pass has no gradients because an autograd.Function runs it, not because the user wants none."""
+    if routings._has_warned or not expects_gradient(layer) or not _inside_autograd_function():
         return
-    for routings in _active.stack:
-        routings._newest = (layer, routing, routings._newest)
+    layers = routings._layers_of_the_model()
+    if layers is None or layer in layers:
+        routings._has_warned = True
+        warnings.warn(
+            "routings are collected from re-entrant activation checkpointing, which runs the forward pass without "
+            "gradients: losses on them count in the number and do not train the router; checkpoint with "
+            "use_reentrant=False",
+            stacklevel=5,
+        )
 
 
-def _in_backward() -> bool:
-    """Whether autograd is running us: then this is the recomputation of a checkpoint, recorded in the forward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _side_effects_in_compiled_checkpoints() -> contextlib.AbstractContextManager[object]:
-    """Let the compiler record inside a checkpointed region, once, and not again in the recomputation."""
-    config = sys.modules.get("torch._dynamo.config")  # absent: nothing can have been compiled yet
-    if config is None or not hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-        return contextlib.nullcontext()
-    patch: contextlib.AbstractContextManager[object] = config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
-    return patch
+def _inside_autograd_function() -> bool:
+    """Whether the forward half of an autograd.Function is running, as that of torch's checkpointing and of others."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if names and isinstance(frame.f_locals.get(names[0]), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _plain_name(name: str) -> str:

@@ -34,9 +34,9 @@ def float32_linear(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        ``[T, E]``. The gradients have the dtypes of x and W. For the backward pass x is kept as it came: a bfloat16
-        input does not leave a float32 copy behind.
+        ``[T, E]``. The gradients have the dtypes of x and W. For the backward pass x and W are kept as they
+        came: a bfloat16 input does not leave a float32 copy behind.
     """
     if torch.float64 in (x_TH.dtype, weight_EH.dtype):  # no setting makes torch round float64
         return functional.linear(x_TH.double(), weight_EH.double())
-    return _float32_linear(x_TH, weight_EH.float())
+    return _float32_linear(x_TH, weight_EH)

@@ -37,17 +37,26 @@ class Info(TypedDict):
     threads: int
     cpu_isa: str
     supported_cpu_isas: list[str]
+    amx_tiles: _C.AmxTiles
     gpus: list[Gpu]
 
 
-def collect() -> Info:
+def collect(ask_for_tiles: bool = False) -> Info:
     """Return the versions, the CPU level in use, and the devices that torch sees.
+
+    Parameters
+    ----------
+    ask_for_tiles : bool, default False
+        Ask Linux for the AMX tiles, as the first bfloat16 product does, if nothing has yet and the processor has them.
+        A grant cannot be given back, and from then on alternate signal stacks without room for the tiles fail.
 
     Returns
     -------
     Info
         Plain values that ``json.dumps`` takes. ``dynamic_moe`` is what the native part was built with; ``cpus`` counts
-        the processors that this process may use and ``threads`` those that torch uses.
+        the processors that this process may use and ``threads`` those that torch uses. ``amx_tiles["state"]`` is "not
+        in this build", "not on this processor", "not saved by this operating system", "not asked for yet", "granted"
+        or "refused", the last with a ``reason``.
     """
     return {
         "dynamic_moe": _C.build_info(),
@@ -60,6 +69,7 @@ def collect() -> Info:
         "threads": torch.get_num_threads(),
         "cpu_isa": _C.cpu_isa(),
         "supported_cpu_isas": _C.supported_cpu_isas(),
+        "amx_tiles": _C.amx_tiles(ask_for_tiles),
         "gpus": [gpu(index) for index in range(torch.cuda.device_count())],
     }
 
@@ -91,6 +101,15 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def tiles_text(info: Info) -> str:
+    """Say whether AMX tiles may be used, and what follows for bfloat16."""
+    tiles = info["amx_tiles"]
+    if tiles["state"] != "refused":
+        return tiles["state"]
+    follows = f"; bfloat16 at {tiles['bfloat16_isa_when_refused']}, or an error where amx was forced"
+    return f"refused: {tiles['reason']}" + (follows if info["cpu_isa"] == "amx" else "")
+
+
 def as_text(info: Info) -> str:
     """Lay `info` out for people."""
     build = info["dynamic_moe"]
@@ -107,6 +126,7 @@ def as_text(info: Info) -> str:
         "processor": f"{info['processor']}, {info['cpus']} usable",
         "threads": str(info["threads"]),
         "CPU level": f"{info['cpu_isa']} (supported here: {', '.join(info['supported_cpu_isas'])})",
+        "AMX tiles": tiles_text(info),
         "CUDA kernels": f"for {architectures} (CUDA {build['cuda']})" if architectures else "none in this build",
         "GPU": "; ".join(gpus) or "none seen",
     }
@@ -115,11 +135,11 @@ def as_text(info: Info) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print what `collect` finds, as text or as JSON."""
+    """Print what `collect` finds, as text or as JSON; asks for the AMX tiles, since this process ends here."""
     parser = argparse.ArgumentParser(prog="python -m dynamic_moe.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    info = collect()
+    info = collect(ask_for_tiles=True)
     print(json.dumps(info, indent=2) if options.json else as_text(info))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer: a router, its experts, and optionally an expert that all tokens share."""
 
+import inspect
 from typing import Literal, Self, overload
 
 import torch
@@ -10,7 +11,7 @@ from dynamic_moe._checks import check_positive, flatten_mask, flatten_tokens
 from dynamic_moe.collect import record_routing
 from dynamic_moe.experts import SharedExpert, SwiGLUExperts
 from dynamic_moe.routers import TopPRouter
-from dynamic_moe.routing import Routing
+from dynamic_moe.routing import Routing, mark_missing_gradient
 
 
 class DynamicMoE(nn.Module):
@@ -35,7 +36,8 @@ class DynamicMoE(nn.Module):
         Whether the shared expert has a sigmoid gate.
     static_rows : bool, default False
         On CUDA, never wait for the device: buffers hold T * K rows, whatever the router decides, and a CUDA graph can
-        hold the layer. Give the router a cap of experts per token (``max_experts``), as K is E without one.
+        hold the layer. Give the router a cap of experts per token (``max_experts``), as K is E without one. Also
+        needed under ``torch.func.vmap``, as for gradients of each sample, and on the meta device.
     init_std : float, default 0.02
         Weights start as N(0, init_std^2).
     device, dtype : optional
@@ -54,7 +56,8 @@ class DynamicMoE(nn.Module):
     Raises
     ------
     ValueError
-        If a size is not positive, both ``top_p`` and ``router`` are given, or the router was built for other sizes.
+        If a size is not positive, both ``top_p`` and ``router`` are given, or the router is not a module or was built
+        for other sizes.
 
     Examples
     --------
@@ -83,6 +86,7 @@ class DynamicMoE(nn.Module):
         self.hidden_size = check_positive("hidden_size", hidden_size)
         self.intermediate_size = check_positive("intermediate_size", intermediate_size)
         self.num_experts = check_positive("num_experts", num_experts)
+        hidden_size, num_experts = self.hidden_size, self.num_experts
         if router is None:
             p = 0.4 if top_p is None else top_p
             router = TopPRouter(hidden_size, num_experts, p, init_std=init_std, device=device, dtype=dtype)
@@ -93,7 +97,7 @@ class DynamicMoE(nn.Module):
         self.experts = SwiGLUExperts(
             num_experts,
             hidden_size,
-            intermediate_size,
+            self.intermediate_size,
             static_rows=static_rows,
             init_std=init_std,
             device=device,
@@ -122,8 +126,10 @@ class DynamicMoE(nn.Module):
     def prepack(self) -> Self:
         """Pack the weights of the experts, and of the shared expert, for inference on the CPU.
 
-        See :meth:`SwiGLUExperts.prepack <dynamic_moe.experts.prepack.Prepackable.prepack>` for when the packed copy is
-        used, what it costs and when it is dropped.
+        The packed copy is used under ``torch.no_grad()`` or ``torch.inference_mode()``; a pass that computes gradients
+        of the weights, a step of an optimizer that holds them, and ``train()`` drop it. See
+        :meth:`SwiGLUExperts.prepack <dynamic_moe.experts.prepack.Prepackable.prepack>` for what it costs and which
+        changes are not noticed.
 
         Returns
         -------
@@ -133,7 +139,8 @@ class DynamicMoE(nn.Module):
         Raises
         ------
         ValueError
-            If the weights are float64, or not on the CPU.
+            If the weights are float64, not on the CPU, or could change without the copy being dropped: quantized,
+            sharded, offloaded, parametrized, shared with other processes, or inference tensors.
 
         Examples
         --------
@@ -185,16 +192,23 @@ class DynamicMoE(nn.Module):
         Raises
         ------
         ValueError
-            If the width or the dtype of x, or the mask, does not fit.
+            If x is not a dense tensor, its width or dtype or the mask does not fit, or the router returns something
+            else than a routing over E experts.
         """
         x_TH = flatten_tokens(x, self.hidden_size)
         routing: Routing = self.router(x_TH, flatten_mask(token_mask, x))
+        if not isinstance(routing, Routing) or routing.tokens_per_expert.shape[0] != self.num_experts:
+            _refuse_routing(routing, self.num_experts)
         record_routing(self, routing)
         y_TH: Tensor = self.experts(x_TH, routing.expert_ids, routing.expert_weights)
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         y = y_TH.reshape(x.shape)
-        return (y, routing) if return_routing else y
+        if not return_routing:
+            return y
+        if not torch.compiler.is_compiling():
+            mark_missing_gradient(self, routing)
+        return y, routing
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -205,7 +219,31 @@ class DynamicMoE(nn.Module):
 
 
 def _check_router(router: nn.Module, hidden_size: int, num_experts: int) -> None:
+    if isinstance(router, type):
+        name = router.__name__
+        raise ValueError(f"router must be a module, got the class {name}: pass an instance, {name}(hidden_size, ...)")
+    if not isinstance(router, nn.Module):
+        raise ValueError(f"router must be a torch.nn.Module that returns a Routing, got {type(router).__name__}")
+    try:
+        inspect.signature(router.forward).bind("x", "token_mask")
+    except TypeError:
+        raise ValueError(
+            f"router must take (x, token_mask) and return a Routing, got {type(router).__name__} with "
+            f"forward{inspect.signature(router.forward)}"
+        ) from None
+    except ValueError:  # the signature is not known, as of scripted modules
+        pass
     for name, expected in (("hidden_size", hidden_size), ("num_experts", num_experts)):
         value = getattr(router, name, expected)
         if value != expected:
             raise ValueError(f"router was built with {name}={value}, but the layer has {name}={expected}")
+
+
+def _refuse_routing(routing: object, num_experts: int) -> None:
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            f"router must return a dynamic_moe.Routing, got {type(routing).__name__}: Routing.from_selection makes one"
+        )
+    raise ValueError(
+        f"router must return a Routing over num_experts={num_experts}, got one over {routing.num_experts} experts"
+    )

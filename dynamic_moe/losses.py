@@ -7,16 +7,19 @@ the loss of the task. Tokens that a mask holds back do not count. A batch withou
 Huang et al. 2024 train on ``task + 1e-2 * load_balancing + 1e-4 * dynamic``. How they reduce over layers and tokens is
 not stated; the options say what is done here, and the defaults (means) keep the coefficients independent of depth and
 batch size.
+
+In training there is a warning where a routing carries no gradient though its router should be trained by the loss, as
+in re-entrant activation checkpointing. Compute figures that train nothing under ``torch.no_grad()``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dynamic_moe.routing import Routing
+from dynamic_moe.routing import Routing, warn_of_missing_gradients
 
 Reduction = Literal["mean", "sum"]
 
@@ -130,9 +133,15 @@ def _over_layers(
     loss: Callable[[Routing], Tensor], routing: Routing | Sequence[Routing], reduction: Reduction
 ) -> Tensor:
     _check_option("layers", reduction, ("mean", "sum"))
+    if not isinstance(routing, Iterable):
+        raise ValueError(f"routing must be a Routing or a sequence of them, got {type(routing).__name__}")
     routings = [routing] if isinstance(routing, Routing) else list(routing)
     if not routings:
         raise ValueError("routing must hold the routing of at least one layer, got an empty sequence")
+    for layer in routings:
+        if not isinstance(layer, Routing):
+            raise ValueError(f"routing must be a Routing or a sequence of them, got one of {type(layer).__name__}")
+    warn_of_missing_gradients(routings)
     total = loss(routings[0])
     for layer in routings[1:]:
         total = total + loss(layer).to(total.device)  # the layers of a split model live on different devices

@@ -6,10 +6,14 @@ Suffixes of names: T tokens, K most experts of a token, E experts, R rows, that 
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dynamic_moe._checks import check_dense
 
 if TYPE_CHECKING:
     from dynamic_moe.ops import Gating
@@ -225,6 +229,32 @@ class Routing(NamedTuple):
         return Routing._make(None if field is None else field.detach() for field in self)
 
 
+def expects_gradient(layer: nn.Module) -> bool:
+    """Tell whether a layer's router is to be trained: the layer is in training mode, and a parameter is not frozen."""
+    router = getattr(layer, "router", layer)
+    return layer.training and any(parameter.requires_grad for parameter in router.parameters())
+
+
+def mark_missing_gradient(layer: nn.Module, routing: Routing) -> None:
+    """Remember of a routing that it carries no gradient though it is the layer's in training; losses warn of it."""
+    if not any(field is not None and field.requires_grad for field in routing) and expects_gradient(layer):
+        routing.probability_sum.lacks_router_gradient = True  # type: ignore[attr-defined]
+
+
+def warn_of_missing_gradients(routings: Iterable[Routing]) -> None:
+    """Warn where a loss is computed from routings that :func:`mark_missing_gradient` marked."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    if any(getattr(routing.probability_sum, "lacks_router_gradient", False) for routing in routings):
+        warnings.warn(
+            "a loss is computed from a routing without a gradient, though its layer is in training mode: it counts in "
+            "the number and does not train the router. The layer ran without gradients, as it does in re-entrant "
+            "activation checkpointing (use use_reentrant=False), or its router cut them off. For figures that train "
+            "nothing, compute the loss under torch.no_grad()",
+            stacklevel=4,
+        )
+
+
 def _count(values: Tensor, bins: int, dtype: torch.dtype) -> Tensor:
     """``[bins]``: how often each of 0 .. bins - 1 occurs. Unlike ``bincount`` it never synchronizes."""
     ones = torch.ones_like(values, dtype=dtype)
@@ -234,6 +264,12 @@ def _count(values: Tensor, bins: int, dtype: torch.dtype) -> Tensor:
 def _check_selection(
     logits_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor, probabilities_TE: Tensor | None, mask_T: Tensor | None
 ) -> None:
+    check_dense("logits_TE", logits_TE)
+    check_dense("expert_ids_TK", ids_TK)
+    check_dense("expert_weights_TK", weights_TK)
+    for name, optional in (("probabilities_TE", probabilities_TE), ("token_mask_T", mask_T)):
+        if optional is not None:
+            check_dense(name, optional)
     if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
         raise ValueError(
             f"logits_TE must be a floating-point [T, E] tensor, got {logits_TE.dtype} {list(logits_TE.shape)}"

@@ -7,6 +7,7 @@ ctest registers its own tests once per level. The exit status is 0 only if somet
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -95,21 +96,25 @@ def fresh_report(name: str) -> Path:
     return report
 
 
-def supported_levels() -> list[str]:
-    """Return the CPU levels of this machine, best first."""
-    code = "import dynamic_moe._C as native; print(*reversed(native.supported_cpu_isas()))"
+def runnable_levels() -> tuple[list[str], str]:
+    """Return the CPU levels that this machine runs, best first, and why one that it supports is not among them."""
+    code = "import json, dynamic_moe._C as c; print(json.dumps([c.supported_cpu_isas(True), c.amx_tiles(True)]))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(f"dynamic_moe cannot be imported:\n{result.stderr}")
-    return result.stdout.split()
+    levels, tiles = json.loads(result.stdout)
+    refused = tiles["state"] == "refused"
+    return levels[::-1], f"amx was left out, its tiles are refused: {tiles['reason']}" if refused else ""
 
 
-def summary(outcomes: list[Outcome]) -> int:
+def summary(outcomes: list[Outcome], left_out: str = "") -> int:
     """Print what passed and failed and return the exit status."""
     print("\n" + "=" * 80)
     width = max(len(each.name) for each in outcomes)
     for each in outcomes:
         print(f"{each.name:<{width}}  {each.counts()}  ({each.seconds:.0f} s)")
+    if left_out:
+        print(left_out)
     passed = sum(each.passed for each in outcomes)
     failed = sum(each.failed for each in outcomes)
     print(f"{passed} passed, {failed} failed", flush=True)
@@ -124,10 +129,11 @@ def main() -> int:
     options, pytest_arguments = parser.parse_known_args()
 
     outcomes = [run_ctest(options.preset)]
-    for level in options.levels or supported_levels():
+    levels, left_out = (options.levels, "") if options.levels else runnable_levels()
+    for level in levels:
         arguments = ["-n", str(options.jobs), *pytest_arguments]
         outcomes.append(run_pytest(level, arguments))
-    return summary(outcomes)
+    return summary(outcomes, left_out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,28 @@ namespace {
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
 constexpr int64_t kScanGrain = int64_t{1} << 16;  // ints per thread below which a second thread does not pay
 
+// The name that Python users know.
+std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
 template <class Sizes>
 std::string shape_name(const Sizes& sizes) {
   std::string text = "[";
@@ -53,27 +75,6 @@ thread_local std::optional<std::string> argument_error;
 std::optional<std::string> take_argument_error() { return std::exchange(argument_error, std::nullopt); }
 
 void keep_argument_error(const char* message) { argument_error = message; }
-
-std::string dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return torch::headeronly::toString(dtype);
-  }
-}
 
 DType float_dtype(const char* name, ScalarType dtype) {
   switch (dtype) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks of the operators' arguments. Python (dynamic_moe/ops) checks first and speaks to the user; this is the second
 // line, for whoever calls torch.ops.dynamic_moe.* directly: no argument, however wrong, may crash the process.
-// Everything here throws std::invalid_argument, which is a ValueError in Python (dynamic_moe/ops/_torch_private.py). Which device a tensor must be on
-// is backend.h's to check.
+// Everything here throws std::invalid_argument, which is a ValueError in Python (dynamic_moe/ops/_torch_private.py).
+// Which device a tensor must be on is backend.h's to check.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -32,8 +32,8 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// What the last std::invalid_argument said that left an operator on this thread, or nothing; it is told once. From torch
-// 2.15 on such an exception reaches Python as a RuntimeError, and Python asks here whether it was one.
+// What the last std::invalid_argument said that left an operator on this thread, or nothing; it is told once. From
+// torch 2.15 on such an exception reaches Python as a RuntimeError, and Python asks here whether it was one.
 std::optional<std::string> take_argument_error();
 void keep_argument_error(const char* message);
 
@@ -51,9 +51,6 @@ struct Operator<kFunction> {
     }
   }
 };
-
-// The name that Python users know.
-std::string dtype_name(ScalarType dtype);
 
 // The kernels' name of a float tensor's dtype. Fails on every dtype but float32, float64, bfloat16 and float16.
 DType float_dtype(const char* name, const Tensor& tensor);

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 
 #include "bindings/checks.h"
 #include "common/isa.h"
+#include "common/isa_choice.h"
 #include "grouped_matmul/tile_plan.h"
 
 namespace dynamic_moe {
@@ -27,7 +29,7 @@ std::string compiler_name() {
 #endif
 }
 
-// The architectures come from the build as one string in TORCH_CUDA_ARCH_LIST's form: "8.0;9.0a;12.0+PTX".
+// The architectures come from the build as one string in TORCH_CUDA_ARCH_LIST's form: "8.0;9.0;12.0+PTX".
 std::vector<std::string> cuda_architectures() {
   std::vector<std::string> names;
 #ifdef DYNAMIC_MOE_CUDA_ARCHITECTURES
@@ -51,10 +53,38 @@ std::vector<std::string> compiled_cpu_isas() {
   return names;
 }
 
-std::vector<std::string> supported_cpu_isas() {
+std::vector<std::string> supported_cpu_isas(bool ask) {
   std::vector<std::string> names;
-  for (const Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
+  for (const Isa isa : supported_isas()) {
+    if (!ask || isa != Isa::kAmx || isa_choice().tiles().ask()) names.emplace_back(isa_name(isa));
+  }
   return names;
+}
+
+std::string amx_tiles_state(bool ask) {
+  IsaChoice& choice = isa_choice();
+  if (!isa_compiled(Isa::kAmx)) return "not in this build";
+  if (!choice.features().has_tile_unit) return "not on this processor";
+  if (!choice.supports(Isa::kAmx)) return "not saved by this operating system";
+  if (ask) choice.tiles().ask();
+  switch (choice.tiles().state()) {
+    case TilePermission::State::kNotAsked:
+      return "not asked for yet";
+    case TilePermission::State::kGranted:
+      return "granted";
+    case TilePermission::State::kRefused:
+      break;
+  }
+  return "refused";
+}
+
+py::dict amx_tiles(bool ask) {
+  py::dict result;
+  result["state"] = amx_tiles_state(ask);
+  const std::string reason = isa_choice().tiles().reason();
+  result["reason"] = reason.empty() ? py::object(py::none()) : py::str(reason);
+  result["bfloat16_isa_when_refused"] = isa_name(isa_choice().without_tiles());
+  return result;
 }
 
 // float64 has no tile: it is computed in plain C++ on every level.
@@ -109,11 +139,23 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("build_info", &build_info, "What this binary was built with, and for.");
   module.def("cpu_isa", [] { return isa_name(current_isa()); }, "CPU level in use.");
-  module.def("supported_cpu_isas", &supported_cpu_isas,
-             "CPU levels that this build and this machine support, worst first.");
   module.def(
-      "set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name)); }, py::arg("name"),
-      "Use another CPU level from now on. Raises ValueError if it is unknown or not supported here.");
+      "cpu_isa_for", [](const std::string& dtype) { return isa_name(isa_for(parse_tiled_dtype(dtype))); },
+      py::arg("dtype"),
+      "CPU level whose products compute with a data type. For bfloat16 at amx it asks for the tiles, and raises "
+      "RuntimeError if they are refused and amx was forced.");
+  module.def("supported_cpu_isas", &supported_cpu_isas, py::arg("ask") = false,
+             "CPU levels that this build and this machine support, worst first. ask: ask for the tiles of amx, and "
+             "leave it out if they are refused.");
+  module.def("amx_tiles", &amx_tiles, py::arg("ask") = false,
+             "Whether this process may use AMX tiles, why not, and where bfloat16 is computed then. ask: ask for them "
+             "if nothing has yet, which cannot be taken back.");
+  module.def(
+      "set_cpu_isa",
+      [](const std::optional<std::string>& name) { name.has_value() ? set_isa(parse_isa(*name)) : reset_isa(); },
+      py::arg("name"),
+      "Force a CPU level from now on; None: the one that was chosen at the beginning. Raises ValueError if it is "
+      "unknown or not supported here.");
   module.def("tile_plan", &tile_plan_of, py::arg("isa"), py::arg("dtype"),
              "Register tile and cache blocks of the grouped matmul at a CPU level, compiled or not, for a data type.");
   module.def("take_argument_error", &bindings::take_argument_error,

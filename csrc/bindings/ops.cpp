@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators' schemas: what torch.ops.dynamic_moe.* is. One file beside this one binds each folder's kernels, those
-// of the CPU and, where the build has them, those of CUDA (ops_float32_linear.cpp, ops_gating.cpp, ops_permutation.cpp, ops_grouped_matmul.cpp,
-// ops_expert_mlp.cpp); fakes, autograd and the public functions are Python's (dynamic_moe/ops). Bound through the
-// LibTorch stable ABI: one binary for every torch >= 2.13.
+// of the CPU and, where the build has them, those of CUDA (ops_float32_linear.cpp, ops_gating.cpp, ops_permutation.cpp,
+// ops_grouped_matmul.cpp, ops_expert_mlp.cpp); fakes, autograd and the public functions are Python's (dynamic_moe/ops).
+// Bound through the LibTorch stable ABI: one binary for every torch >= 2.13.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -79,7 +79,7 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       dynamic_tags);
   m.def("float32_linear(Tensor x, Tensor weight) -> Tensor", tags);
   m.def("float32_linear_dx(Tensor d_logits, Tensor weight, ScalarType dtype) -> Tensor", tags);
-  m.def("float32_linear_dw(Tensor d_logits, Tensor x) -> Tensor", tags);
+  m.def("float32_linear_dw(Tensor d_logits, Tensor x, ScalarType dtype) -> Tensor", tags);
 
   m.def("combine(Tensor rows, Tensor? weights, Tensor slot_row) -> Tensor", tags);
   m.def(

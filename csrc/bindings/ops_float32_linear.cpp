@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// float32_linear, float32_linear_dx and float32_linear_dw. CUDA has no kernels of its own for them: they are the grouped
-// matmul of a single group, without TF32.
+// float32_linear, float32_linear_dx and float32_linear_dw. CUDA has no kernels of its own for them: they are the
+// grouped matmul of a single group, without TF32.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -41,11 +41,18 @@ Tensor converted(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
+// The weight [E, H], which is small, as float32. It is kept for the backward pass in its own dtype.
+template <class Backend>
+Tensor checked_weight(const Backend& backend, const Tensor& weight) {
+  const ScalarType dtype = scalar_type(token_dtype(backend, "weight", weight.scalar_type()));
+  return converted(backend.checked("weight", weight, dtype, {kAnySize, kAnySize}), ScalarType::Float);
+}
+
 template <class Backend>
 Tensor float32_linear(const Tensor& x_in, const Tensor& weight_in) {
   const Backend backend("x", x_in);
   const DType dtype = token_dtype(backend, "x", x_in.scalar_type());
-  const Tensor weight = backend.checked("weight", weight_in, ScalarType::Float, {kAnySize, kAnySize});
+  const Tensor weight = checked_weight(backend, weight_in);
   const int64_t experts = weight.size(0), hidden = weight.size(1);
   const Tensor x = backend.checked("x", x_in, scalar_type(dtype), {kAnySize, hidden});
   const int64_t tokens = x.size(0);
@@ -77,7 +84,7 @@ template <class Backend>
 Tensor float32_linear_dx(const Tensor& d_logits_in, const Tensor& weight_in, ScalarType dx_dtype) {
   const Backend backend("d_logits", d_logits_in);
   const DType dtype = token_dtype(backend, "dtype", dx_dtype);
-  const Tensor weight = backend.checked("weight", weight_in, ScalarType::Float, {kAnySize, kAnySize});
+  const Tensor weight = checked_weight(backend, weight_in);
   const int64_t experts = weight.size(0), hidden = weight.size(1);
   const Tensor d_logits = backend.checked("d_logits", d_logits_in, ScalarType::Float, {kAnySize, experts});
   const int64_t tokens = d_logits.size(0);
@@ -107,9 +114,10 @@ Tensor float32_linear_dx(const Tensor& d_logits_in, const Tensor& weight_in, Sca
 }
 
 template <class Backend>
-Tensor float32_linear_dw(const Tensor& d_logits_in, const Tensor& x_in) {
+Tensor float32_linear_dw(const Tensor& d_logits_in, const Tensor& x_in, ScalarType dw_dtype) {
   const Backend backend("d_logits", d_logits_in);
   const DType dtype = token_dtype(backend, "x", x_in.scalar_type());
+  token_dtype(backend, "dtype", dw_dtype);
   const Tensor x = backend.checked("x", x_in, scalar_type(dtype), {kAnySize, kAnySize});
   const int64_t tokens = x.size(0), hidden = x.size(1);
   const Tensor d_logits = backend.checked("d_logits", d_logits_in, ScalarType::Float, {tokens, kAnySize});
@@ -135,7 +143,7 @@ Tensor float32_linear_dw(const Tensor& d_logits_in, const Tensor& x_in) {
                                        .dtype = DType::kFloat32};
     grouped_matmul_dw_cuda(params, {}, backend.stream());
   }
-  return dw;
+  return converted(dw, dw_dtype);
 }
 
 template <class Backend>

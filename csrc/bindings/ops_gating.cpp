@@ -107,9 +107,7 @@ template <class Backend>
 GatingOutputs top_p_gating_tensor(const Tensor& logits, const Tensor& top_p, int64_t max_experts, bool strict,
                                   bool renormalize, double temperature, const OptionalTensor& token_mask,
                                   bool check_finite) {
-  if (top_p.scalar_type() != ScalarType::Double || top_p.numel() != 1) {
-    fail("top_p must be a float64 tensor of one element, got ", dtype_name(top_p.scalar_type()), " of ", top_p.numel());
-  }
+  check_tensor("top_p", top_p, ScalarType::Double, {1});
   if (top_p.is_cpu()) {
     return top_p_gating<Backend>(logits, *data<double>(top_p), max_experts, strict, renormalize, temperature,
                                  token_mask, check_finite);
@@ -117,7 +115,7 @@ GatingOutputs top_p_gating_tensor(const Tensor& logits, const Tensor& top_p, int
   if constexpr (Backend::kReadsValues) {
     fail("top_p must be on the CPU like the other arguments");
   } else {
-    const Tensor value = Backend("logits", logits).checked("top_p", top_p, ScalarType::Double, {});
+    const Tensor value = Backend("logits", logits).checked("top_p", top_p, ScalarType::Double, {1});
     const GatingRule rule{.is_top_p = true,
                           .top_p = 1.0,
                           .device_top_p = data<double>(value),
@@ -131,9 +129,12 @@ GatingOutputs top_p_gating_tensor(const Tensor& logits, const Tensor& top_p, int
 template <class Backend>
 GatingOutputs top_k_gating(const Tensor& logits, int64_t k, bool renormalize, double temperature,
                            const OptionalTensor& token_mask, bool check_finite) {
-  const GatingRule rule{
-      .is_top_p = false, .top_p = 1.0, .device_top_p = nullptr, .rule = ThresholdRule::kPaper,
-      .max_experts_name = "k", .max_experts = k};
+  const GatingRule rule{.is_top_p = false,
+                        .top_p = 1.0,
+                        .device_top_p = nullptr,
+                        .rule = ThresholdRule::kPaper,
+                        .max_experts_name = "k",
+                        .max_experts = k};
   return gating<Backend>(logits, rule, renormalize, temperature, token_mask, check_finite);
 }
 

@@ -4,10 +4,6 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #endif
-#if defined(__linux__) && defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace dynamic_moe {
 namespace {
@@ -59,29 +55,19 @@ CpuidRegisters read_registers() { return {}; }
 
 #endif
 
-// Linux keeps the 8 KiB of tile registers from processes that have not asked for them; without the request the first
-// tile instruction raises SIGILL.
-bool request_tile_registers() {
-#if defined(__linux__) && defined(__x86_64__)
-  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 CpuFeatures decode_cpu_features(const CpuidRegisters& registers) {
   const bool ymm = has_all(registers.leaf1_ecx, kOsxsave) && has_all(registers.xcr0, kXmmYmmState);
   const bool zmm = ymm && has_all(registers.xcr0, kZmmState);
-  const bool tiles = has_all(registers.leaf1_ecx, kOsxsave) && has_all(registers.xcr0, kTileState);
+  const bool tiles_saved = has_all(registers.leaf1_ecx, kOsxsave) && has_all(registers.xcr0, kTileState);
+  const bool tile_unit = has_all(registers.leaf7_edx, kAmxTile | kAmxBf16);
   return {
       .avx2 = ymm && has_all(registers.leaf1_ecx, kAvx | kFma | kF16c) && has_all(registers.leaf7_ebx, kAvx2),
       .avx512 = zmm && has_all(registers.leaf7_ebx, kAvx512F | kAvx512Bw | kAvx512Dq | kAvx512Vl),
       .avx512_bf16 = zmm && has_all(registers.leaf7_1_eax, kAvx512Bf16),
-      .amx_bf16 = tiles && has_all(registers.leaf7_edx, kAmxTile | kAmxBf16),
+      .amx_bf16 = tiles_saved && tile_unit,
+      .has_tile_unit = tile_unit,
   };
 }
 
@@ -101,10 +87,6 @@ bool can_run(Isa isa, const CpuFeatures& features) {
   return false;
 }
 
-CpuFeatures detect_cpu_features() {
-  CpuFeatures features = decode_cpu_features(read_registers());
-  if (features.amx_bf16) features.amx_bf16 = request_tile_registers();
-  return features;
-}
+CpuFeatures detect_cpu_features() { return decode_cpu_features(read_registers()); }
 
 }  // namespace dynamic_moe

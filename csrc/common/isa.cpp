@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/isa.h"
 
-#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
-#include "common/cpu_features.h"
+#include "common/isa_choice.h"
 
 namespace dynamic_moe {
 namespace {
@@ -17,15 +16,26 @@ const CpuFeatures& machine() {
   return features;
 }
 
+std::vector<Isa> levels_of(const CpuFeatures& features) {
+  std::vector<Isa> isas;
+  for (const Isa isa : kAllIsas) {
+    if (isa_compiled(isa) && can_run(isa, features)) isas.push_back(isa);
+  }
+  return isas;
+}
+
 std::string join_names(const std::vector<Isa>& isas) {
   std::string names;
   for (const Isa isa : isas) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
   return names;
 }
 
-[[noreturn]] void throw_unsupported(std::string_view argument, Isa isa) {
+void require_supported(std::string_view argument, Isa isa, const std::vector<Isa>& supported) {
+  for (const Isa each : supported) {
+    if (each == isa) return;
+  }
   throw std::invalid_argument(std::string(argument) + " must be a level that this build and this machine support (" +
-                              join_names(supported_isas()) + "), got '" + isa_name(isa) + "'");
+                              join_names(supported) + "), got '" + isa_name(isa) + "'");
 }
 
 Isa parse_argument(std::string_view argument, std::string_view name) {
@@ -37,29 +47,54 @@ Isa parse_argument(std::string_view argument, std::string_view name) {
                               "'");
 }
 
-// The best level that has been tested on a real machine: AMX has not, so it must be asked for by name.
-Isa default_isa() {
+std::atomic<IsaChoice*> choice_of_tests{nullptr};
+
+}  // namespace
+
+IsaChoice::IsaChoice(const CpuFeatures& features, const char* forced, TilePermission::Request request)
+    : features_(features), tiles_(request), initial_(initial(forced)), choice_(initial_) {}
+
+IsaChoice::Choice IsaChoice::initial(const char* forced) const {
+  if (forced == nullptr || *forced == '\0') {
+    return {.isa = supports(Isa::kAmx) ? Isa::kAmx : without_tiles(), .is_forced = false};
+  }
+  const Isa isa = parse_argument(kVariable, forced);
+  require_supported(kVariable, isa, supported());
+  return {.isa = isa, .is_forced = true};
+}
+
+std::vector<Isa> IsaChoice::supported() const { return levels_of(features_); }
+
+Isa IsaChoice::without_tiles() const {
   Isa best = Isa::kScalar;
-  for (const Isa isa : supported_isas()) {
-    if (isa != Isa::kAmx) best = isa;
+  for (const Isa isa : supported()) {
+    const bool slower = isa == Isa::kAvx512Bf16 && features_.has_tile_unit;
+    if (isa != Isa::kAmx && !slower) best = isa;
   }
   return best;
 }
 
-Isa initial_isa() {
-  const char* forced = std::getenv(kVariable);
-  if (forced == nullptr || *forced == '\0') return default_isa();
-  const Isa isa = parse_argument(kVariable, forced);
-  if (!isa_supported(isa)) throw_unsupported(kVariable, isa);
-  return isa;
+void IsaChoice::force(Isa isa) {
+  require_supported("isa", isa, supported());
+  choice_.store({.isa = isa, .is_forced = true}, std::memory_order_relaxed);
 }
 
-std::atomic<Isa>& isa_in_use() {
-  static std::atomic<Isa> isa{initial_isa()};
-  return isa;
+Isa IsaChoice::with_tiles(bool is_forced) {
+  if (tiles_.ask()) return Isa::kAmx;
+  if (!is_forced) return without_tiles();
+  throw std::runtime_error("the CPU level amx was forced, but the operating system refuses its tiles: " +
+                           tiles_.reason() + ". Without DYNAMIC_MOE_CPU_ISA=amx and set_cpu_isa('amx') bfloat16 is " +
+                           "computed at " + isa_name(without_tiles()));
 }
 
-}  // namespace
+IsaChoice& isa_choice() {
+  IsaChoice* const choice = choice_of_tests.load(std::memory_order_relaxed);
+  if (choice != nullptr) return *choice;
+  static IsaChoice of_this_machine(machine(), std::getenv(kVariable), request_tile_data);
+  return of_this_machine;
+}
+
+void use_isa_choice(IsaChoice* choice) { choice_of_tests.store(choice, std::memory_order_relaxed); }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -112,21 +147,17 @@ bool isa_compiled(Isa isa) {
 
 Isa parse_isa(std::string_view name) { return parse_argument("isa", name); }
 
+// Of the machine itself, so that a wrong DYNAMIC_MOE_CPU_ISA cannot keep anyone from asking what it may be.
 bool isa_supported(Isa isa) { return isa_compiled(isa) && can_run(isa, machine()); }
 
-std::vector<Isa> supported_isas() {
-  std::vector<Isa> isas;
-  for (const Isa isa : kAllIsas) {
-    if (isa_supported(isa)) isas.push_back(isa);
-  }
-  return isas;
-}
+std::vector<Isa> supported_isas() { return levels_of(machine()); }
 
-Isa current_isa() { return isa_in_use().load(std::memory_order_relaxed); }
+Isa current_isa() { return isa_choice().current(); }
 
-void set_isa(Isa isa) {
-  if (!isa_supported(isa)) throw_unsupported("isa", isa);
-  isa_in_use().store(isa, std::memory_order_relaxed);
-}
+Isa isa_for(DType dtype) { return isa_choice().for_dtype(dtype); }
+
+void set_isa(Isa isa) { isa_choice().force(isa); }
+
+void reset_isa() { isa_choice().reset(); }
 
 }  // namespace dynamic_moe

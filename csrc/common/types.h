@@ -17,6 +17,13 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Whether storage ends before float32 sums do: float16, at 65504. bfloat16 ends where float32 does, but for the last
+// rounding.
+template <class T>
+inline constexpr bool kNarrowRange = false;
+template <>
+inline constexpr bool kNarrowRange<Float16> = true;
+
 constexpr size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:

@@ -8,6 +8,10 @@
 // Kept for the backward pass: x and the pre-activation. The permuted input, the expert's output and its gradient are
 // never stored; the gradient of s_r is <d(s a), a>, so it falls out of the activation's gradient.
 //
+// In float16 the activation must be within 65504, or y is not finite; the pre-activation need not be: the backward pass
+// sums again, from x and gate_up_proj, what is stored as infinite. Nor need s a. Gradients beyond 65504, that of the
+// pre-activation among them, are infinite; they shrink with dy, so a smaller scale of the loss brings them back.
+//
 // On CUDA each row's s_r W2_e a and its gradient with respect to x are rounded to dtype in the workspace before a
 // token's rows are added in float32, in the order of its slots. Bounds, workspace and alignment are those of
 // grouped_matmul.h.
@@ -75,7 +79,7 @@ struct PrepackExpertsParams {
   int64_t intermediate_size;  // I
   DType dtype;
 };
-// At the level in use. Both throw std::invalid_argument for float64.
+// At the level that isa_for(dtype) gives. Both throw std::invalid_argument for float64.
 int64_t packed_experts_bytes(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, DType dtype);
 void prepack_experts_cpu(const PrepackExpertsParams& params);
 

@@ -12,8 +12,8 @@
 namespace dynamic_moe {
 namespace {
 
-const ExpertMlpKernels& kernels() {
-  switch (current_isa()) {
+const ExpertMlpKernels& kernels(DType dtype) {
+  switch (isa_for(dtype)) {
     case Isa::kScalar:
       break;
     case Isa::kAvx2:
@@ -54,7 +54,7 @@ struct alignas(64) PackedHeader {
 
   PackedHeader() = default;
   PackedHeader(int64_t experts, int64_t hidden, int64_t intermediate, DType type)
-      : isa(current_isa()), dtype(type), num_experts(experts), hidden_size(hidden), intermediate_size(intermediate) {}
+      : isa(isa_for(type)), dtype(type), num_experts(experts), hidden_size(hidden), intermediate_size(intermediate) {}
 };
 static_assert(sizeof(PackedHeader) == 64);
 
@@ -107,17 +107,17 @@ void check_packed(const ExpertMlpPrepackedParams& p) {
 
 void expert_mlp_cpu(const ExpertMlpParams& params) {
   if (params.dtype == DType::kFloat64) return plain::expert_mlp<double>(params);
-  kernels().forward(params);
+  kernels(params.dtype).forward(params);
 }
 
 void expert_mlp_backward_cpu(const ExpertMlpBackwardParams& params) {
   if (params.dtype == DType::kFloat64) return plain::expert_mlp_backward<double>(params);
-  kernels().backward(params);
+  kernels(params.dtype).backward(params);
 }
 
 int64_t packed_experts_bytes(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, DType dtype) {
   reject_float64(dtype);
-  const Isa isa = current_isa();
+  const Isa isa = isa_for(dtype);
   const bool pairs = multiplies_pairs(isa, dtype);
   const int64_t lanes = tile_plan(isa, pairs).lanes, per_word = pairs ? 2 : 1;
   const auto words = [&](int64_t columns, int64_t inner) {
@@ -131,13 +131,13 @@ void prepack_experts_cpu(const PrepackExpertsParams& params) {
   reject_float64(params.dtype);
   const PackedHeader header(params.num_experts, params.hidden_size, params.intermediate_size, params.dtype);
   std::memcpy(params.packed, &header, sizeof header);
-  kernels().prepack(params, static_cast<char*>(params.packed) + sizeof header);
+  kernels(params.dtype).prepack(params, static_cast<char*>(params.packed) + sizeof header);
 }
 
 void expert_mlp_prepacked_cpu(const ExpertMlpPrepackedParams& params) {
   reject_float64(params.dtype);
   check_packed(params);
-  kernels().forward_prepacked(params, static_cast<const char*>(params.packed) + sizeof(PackedHeader));
+  kernels(params.dtype).forward_prepacked(params, static_cast<const char*>(params.packed) + sizeof(PackedHeader));
 }
 
 }  // namespace dynamic_moe

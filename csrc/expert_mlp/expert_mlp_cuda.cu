@@ -74,6 +74,11 @@ struct ForwardPass {
   }
 };
 
+// float16 has no room for every s a: it stores s a / unit for the product that d_down_proj is.
+bool scaled_by_units(const ExpertMlpBackwardParams& p) {
+  return p.dtype == DType::kFloat16 && p.d_down_proj != nullptr;
+}
+
 struct BackwardPass {
   Math math;
   RowProduct d_activation;
@@ -81,6 +86,7 @@ struct BackwardPass {
   int64_t parts;           // of a row's weight gradient
   void* d_pre_activation;  // [R, 2I]
   void* scaled;            // [R, I]
+  float* units;            // [E] of the weights, for float16; else null
   float* row_sums;         // [parts, R]
   void* rows;              // [R, H]
   int32_t* slot_row;
@@ -89,10 +95,12 @@ struct BackwardPass {
     const int64_t h = p.hidden_size, i = p.intermediate_size, num_rows = p.groups.num_rows;
     d_activation = {p.groups, p.dy, p.down_proj, nullptr, i, h};
     regime = row_tile_regime(math, num_rows, p.groups.num_experts,
-                             whole_vectors(math, {h, i}, {p.dy, p.down_proj, p.pre_activation}));
+                             whole_vectors(math, {h, i}, {p.dy, p.down_proj, p.pre_activation}) &&
+                                 (math != Math::kFloat16 || whole_vectors(math, {}, {p.x, p.gate_up_proj})));
     parts = ceil_div(i, matmul_policy(compiled_arch(), math, regime).warp_n());
     d_pre_activation = take_elements(cursor, num_rows * 2 * i, p.dtype);
     scaled = p.d_down_proj != nullptr ? take_elements(cursor, num_rows * i, p.dtype) : nullptr;
+    units = scaled_by_units(p) ? cursor.take<float>(p.groups.num_experts) : nullptr;
     row_sums = p.d_expert_weights != nullptr ? cursor.take<float>(parts * num_rows) : nullptr;
     rows = p.dx != nullptr ? take_elements(cursor, num_rows * h, p.dtype) : nullptr;
     slot_row = p.dx != nullptr ? cursor.take<int32_t>(p.num_slots) : nullptr;
@@ -124,7 +132,12 @@ void launch_d_activation(const ExpertMlpBackwardParams& p, const BackwardPass& p
                                         pass.row_sums,
                                         p.groups.num_rows,
                                         static_cast<int32_t>(p.intermediate_size),
-                                        scale};
+                                        scale,
+                                        pass.units,
+                                        static_cast<const T*>(p.x),
+                                        static_cast<const T*>(p.gate_up_proj),
+                                        p.groups.row_token,
+                                        size_32("columns of x", p.hidden_size)};
     products.backward(pass.d_activation, to, pass.regime, stream);
   });
 }
@@ -167,6 +180,11 @@ void expert_mlp_backward_cuda(const ExpertMlpBackwardParams& params, Workspace w
   cursor.check("expert_mlp_backward");
   const int64_t h = params.hidden_size, i = params.intermediate_size;
   const RowGroups& groups = params.groups;
+  if (scaled_by_units(params)) {
+    DYNAMIC_MOE_LAUNCH(weight_units_kernel, static_cast<unsigned>(groups.num_experts), 1024, 0, stream,
+                       static_cast<const float*>(params.expert_weights), params.row_slot, groups.expert_offsets,
+                       pass.units);
+  }
   launch_d_activation(params, pass, stream);
   if (params.d_expert_weights != nullptr) {
     memset_async(params.d_expert_weights, 0, static_cast<size_t>(params.num_slots) * sizeof(float), stream);
@@ -188,8 +206,8 @@ void expert_mlp_backward_cuda(const ExpertMlpBackwardParams& params, Workspace w
           stream);
     }
     if (params.d_down_proj != nullptr) {
-      products.weight_gradient({groups, params.dy, groups.row_token, pass.scaled, nullptr, params.d_down_proj, h, i},
-                               stream);
+      products.weight_gradient(
+          {groups, params.dy, groups.row_token, pass.scaled, nullptr, params.d_down_proj, h, i, pass.units}, stream);
     }
   });
 }

@@ -119,21 +119,83 @@ void expert_mlp(const ExpertMlpParams& p) {
   }
 }
 
+// The pre-activation of a row, columns n to n + width of 2I, where `stored` has infinite ones: those are summed again.
+template <class C>
+[[gnu::noinline]] typename C::Simd::Floats sum_infinite_again(const ExpertMlpBackwardParams& p, int64_t e, int64_t row,
+                                                              int64_t n, typename C::Simd::Floats stored, int width) {
+  using Simd = typename C::Simd;
+  using T = typename C::T;
+  const int64_t h = p.hidden_size;
+  const T* x = static_cast<const T*>(p.x) + token_of_row(p.groups, row) * h;
+  const T* weight = static_cast<const T*>(p.gate_up_proj) + (e * 2 * p.intermediate_size + n) * h;
+  float values[C::kLanes];
+  Simd::store(values, stored);
+  for (int column = 0; column < width; ++column, weight += h) {
+    if (!__builtin_isinf(values[column])) continue;
+    typename Simd::Floats sum = Simd::zero();
+    for (int64_t k = 0; k < h; k += C::kLanes) {
+      const int count = static_cast<int>(smaller(C::kLanes, h - k));
+      sum = Simd::fma(load_some<C>(x + k, count), load_some<C>(weight + k, count), sum);
+    }
+    values[column] = Simd::sum(sum);
+  }
+  return Simd::load(values);
+}
+
+// The pre-activation of a row, columns n to n + width of 2I, in the range that the forward pass had.
+template <class C>
+typename C::Simd::Floats load_pre_activation(const ExpertMlpBackwardParams& p, int64_t e, int64_t row, int64_t n,
+                                             int width) {
+  const auto* stored = static_cast<const typename C::T*>(p.pre_activation) + row * 2 * p.intermediate_size + n;
+  const typename C::Simd::Floats v = load_some<C>(stored, width);
+  if constexpr (kNarrowRange<typename C::T>) {
+    if (C::Simd::any_infinite(v)) [[unlikely]]
+      return sum_infinite_again<C>(p, e, row, n, v, width);
+  }
+  return v;
+}
+
 // What the backward pass of a chunk of experts keeps between its two steps; rows are relative to the chunk.
 template <class C>
 struct ChunkGradients {
-  typename C::T* d_pre_activation;   // [rows, 2I]
-  typename C::T* scaled_activation;  // [rows, I] s a: the operand of d_down_proj
-  float* weight_partials;            // [blocks, rows] parts of <d(s a), a>
+  typename C::T* d_pre_activation;  // [rows, 2I]
+  // [rows, I] s a, the operand of d_down_proj. Where the range is narrow, a / 2, and 2 s multiplies dy, in float32
+  // while it is packed: s a may leave the range, and so may, by a rounding, what is a here where the forward pass
+  // stored a.
+  typename C::T* activation;
+  float* weight_partials;  // [blocks, rows] parts of <d(s a), a>
   int64_t rows;
 };
+
+// From the sums d_scaled, the gradient of s a in the columns of `panels`, to those of the pre-activation, in one row.
+template <class C>
+void differentiate_row(const ExpertMlpBackwardParams& p, int64_t e, int64_t row, const Panels<C>& panels,
+                       const float* sums, int64_t block, int64_t chunk_row, const ChunkGradients<C>& chunk) {
+  using Simd = typename C::Simd;
+  using T = typename C::T;
+  const int64_t i = p.intermediate_size, n = panels.column[0], local = row - chunk_row;
+  const typename Simd::Floats scale = Simd::broadcast(weight_of_row(p.row_slot, p.expert_weights, row));
+  const typename Simd::Floats kept_scale = kNarrowRange<typename C::T> ? Simd::broadcast(0.5f) : scale;
+  T* d_gate = chunk.d_pre_activation + local * 2 * i + n;
+  T* activation = chunk.activation + local * i + n;
+  typename Simd::Floats dot = Simd::zero();
+  for_each_vector<C>(panels, sums, [&](typename Simd::Floats d_scaled, int column, int width, int64_t) {
+    const SwigluGradient<Simd> gradient(load_pre_activation<C>(p, e, row, n + column, width),
+                                        load_pre_activation<C>(p, e, row, i + n + column, width),
+                                        Simd::mul(d_scaled, scale));
+    dot = Simd::fma(d_scaled, gradient.activation, dot);
+    store_some<C>(d_gate + column, gradient.d_gate, width);
+    store_some<C>(d_gate + i + column, gradient.d_up, width);
+    store_some<C>(activation + column, Simd::mul(gradient.activation, kept_scale), width);
+  });
+  chunk.weight_partials[block * chunk.rows + local] = Simd::sum(dot);
+}
 
 // The gradient of the activation, W2^T dy, and through SwiGLU that of the pre-activation.
 template <class C>
 void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e1, int64_t step,
                          const ChunkGradients<C>& chunk) {
   using T = typename C::T;
-  using Simd = typename C::Simd;
   const auto* dy = static_cast<const T*>(p.dy);
   const auto* down = static_cast<const T*>(p.down_proj);
   const auto* pre_activation = static_cast<const T*>(p.pre_activation);
@@ -160,22 +222,8 @@ void activation_gradient(const ExpertMlpBackwardParams& p, int64_t e0, int64_t e
             bring_in<false, 2>(gate, panels.width());
             bring_in<false, 2>(gate + i, panels.width());
           }
-          for (int row = 0; row < count; ++row, sums += pitch) {
-            const int64_t global = first_row + r + row, local = global - chunk_row;
-            const typename Simd::Floats scale = Simd::broadcast(weight_of_row(p.row_slot, p.expert_weights, global));
-            const T* gate = pre_activation + global * 2 * i + n;
-            T* d_gate = chunk.d_pre_activation + local * 2 * i + n;
-            T* scaled = chunk.scaled_activation + local * i + n;
-            typename Simd::Floats dot = Simd::zero();
-            for_each_vector<C>(panels, sums, [&](typename Simd::Floats d_scaled, int column, int width, int64_t) {
-              const SwigluGradient<Simd> gradient(load_some<C>(gate + column, width),
-                                                  load_some<C>(gate + i + column, width), Simd::mul(d_scaled, scale));
-              dot = Simd::fma(d_scaled, gradient.activation, dot);
-              store_some<C>(d_gate + column, gradient.d_gate, width);
-              store_some<C>(d_gate + i + column, gradient.d_up, width);
-              store_some<C>(scaled + column, Simd::mul(gradient.activation, scale), width);
-            });
-            chunk.weight_partials[block * chunk.rows + local] = Simd::sum(dot);
+          for (int64_t row = r; row < r + count; ++row, sums += pitch) {
+            differentiate_row<C>(p, e, first_row + row, panels, sums, block, chunk_row, chunk);
           }
         });
   });
@@ -245,8 +293,14 @@ void expert_mlp_backward(const ExpertMlpBackwardParams& p) {
       if (is_down) {
         T* out = d_down + (task.expert * h + task.n) * i;
         if (expert_rows == 0) return zero_rows<C>(out, task.count, i);
-        outer_products<C>(expert_rows, task.n, task.count, i, token_rows(dy),
-                          StoredRows<T>{chunk.scaled_activation, i, first_row - chunk_row}, out, i, stream_down);
+        const StoredRows<T> activation{chunk.activation, i, first_row - chunk_row};
+        if constexpr (kNarrowRange<typename C::T>) {
+          const RowFactors weights{2.0f, static_cast<const float*>(p.expert_weights), p.row_slot + first_row};
+          outer_products<C>(expert_rows, task.n, task.count, i, token_rows(dy), activation, out, i, stream_down,
+                            weights);
+        } else {
+          outer_products<C>(expert_rows, task.n, task.count, i, token_rows(dy), activation, out, i, stream_down);
+        }
       } else {
         T* out = d_gate_up + (task.expert * 2 * i + task.n) * h;
         if (expert_rows == 0) return zero_rows<C>(out, task.count, h);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The activation and its gradient, on the way out of the products next to them. Both start from the pre-activation as
-// it is stored, so that forward and backward see the same numbers.
+// it is stored, so that forward and backward see the same numbers. What float16 can store only as infinite is taken as
+// it was summed: by the forward pass from its sums, by the backward pass from a sum of its own.
 #pragma once
 
 #include "grouped_matmul/epilogue.cuh"
@@ -8,6 +9,14 @@
 namespace dynamic_moe {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// An element of the pre-activation as the backward pass will know it.
+template <class T>
+__device__ __forceinline__ float kept(float sum) {
+  const float stored = widened(narrowed<T>(sum));
+  if constexpr (kNarrowRange<T>) return fabsf(stored) == INFINITY ? sum : stored;
+  return stored;
+}
 
 // The product is the pre-activation [g, u]: stores it if asked to, and silu(g) * u.
 template <class T>
@@ -33,7 +42,7 @@ struct SwigluForward {
     float activation[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const float gate = widened(narrowed<T>(values[0][i])), up = widened(narrowed<T>(values[1][i]));
+      const float gate = kept<T>(values[0][i]), up = kept<T>(values[1][i]);
       activation[i] = gate * sigmoid(gate) * up;
     }
     store_elements<kAligned>(to.activation + place.row * to.width + place.column, activation, place.count);
@@ -52,6 +61,12 @@ struct SwigluBackwardArguments {
   int64_t rows;             // R
   int32_t width;            // I
   RowScale scale;
+  // Where the range is narrow:
+  const float* units;        // [E] scaled_activation is s a / unit
+  const T* x;                // [T, H]
+  const T* gate_up_proj;     // [E, 2I, H]
+  const int32_t* row_token;  // [R] or null: row r reads x[r]
+  int32_t depth;             // H
 };
 template <class T, bool kAligned>
 struct SwigluBackward {
@@ -81,6 +96,14 @@ struct SwigluBackward {
     load_elements<kAligned>(gate, to.pre_activation + pre, place.count);
     load_elements<kAligned>(up, to.pre_activation + pre + to.width, place.count);
     const float scale = to.scale.of(place.row);
+    float stored_scale = scale;
+    if constexpr (kNarrowRange<T>) {
+      if (any_infinite(gate, up)) {
+        sum_infinite_again(place, 0, gate);
+        sum_infinite_again(place, to.width, up);
+      }
+      if (to.scaled_activation != nullptr) stored_scale /= load_global(to.units + place.expert);
+    }
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -88,13 +111,52 @@ struct SwigluBackward {
       const float d_activation = scale * d_scaled[i];
       d_gate[i] = d_activation * up[i] * s * (1.0f + gate[i] * (1.0f - s));
       d_up[i] = d_activation * silu;
-      scaled[i] = scale * activation;
+      scaled[i] = stored_scale * activation;
       sum += d_scaled[i] * activation;
     }
     store_elements<kAligned>(to.d_pre_activation + pre, d_gate, place.count);
     store_elements<kAligned>(to.d_pre_activation + pre + to.width, d_up, place.count);
     if (to.scaled_activation != nullptr) {
       store_elements<kAligned>(to.scaled_activation + place.row * to.width + place.column, scaled, place.count);
+    }
+    return sum;
+  }
+
+  __device__ static bool any_infinite(const float (&gate)[kVector], const float (&up)[kVector]) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) any |= fabsf(gate[i]) == INFINITY || fabsf(up[i]) == INFINITY;
+    return any;
+  }
+
+  // Replaces the infinite ones of the pre-activation's elements from `first` + place.column on. A loop for which one is
+  // due: elements stay in registers.
+  __device__ void sum_infinite_again(const Place& place, int32_t first, float (&values)[kVector]) const {
+    const int64_t column = static_cast<int64_t>(first) + place.column;
+    const int64_t token = to.row_token != nullptr ? load_global(to.row_token + place.row) : place.row;
+    const T* x = to.x + token * to.depth;
+    const T* weight = to.gate_up_proj + (place.expert * int64_t{2} * to.width + column) * to.depth;
+#pragma unroll 1
+    for (int i = 0; i < kVector && i < place.count; ++i, weight += to.depth) {
+      bool due = false;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) due |= j == i && fabsf(values[j]) == INFINITY;
+      if (!due) continue;
+      const float sum = dot(x, weight);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) values[j] = j == i ? sum : values[j];
+    }
+  }
+
+  __device__ float dot(const T* a, const T* b) const {
+    float sum = 0;
+#pragma unroll 1
+    for (int32_t k = 0; k < to.depth; k += kVector) {
+      float left[kVector], right[kVector];
+      load_elements<kAligned>(left, a + k, to.depth - k);
+      load_elements<kAligned>(right, b + k, to.depth - k);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum = fmaf(left[i], right[i], sum);
     }
     return sum;
   }

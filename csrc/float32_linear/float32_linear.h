@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The linear map of a router, logits = x W^T, and its two derivatives, in float32 whatever the dtype of the tokens is.
 //
-// A router's decision must not depend on how torch is told to multiply (bfloat16 or TF32 for float32 operands), so these
-// products are always exact float32 multiply-adds. The order of each sum depends on the sizes alone: results are the same
-// bit for bit whatever the number of threads, and the logits of a token do not depend on the other tokens. Tokens are
-// read in their own dtype: no float32 copy of x is made. On CUDA the grouped matmul of one group does the same.
+// A router's decision must not depend on how torch is told to multiply (bfloat16 or TF32 for float32 operands), so
+// these products are always exact float32 multiply-adds. The order of each sum depends on the sizes alone: results are
+// the same bit for bit whatever the number of threads, and the logits of a token do not depend on the other tokens.
+// Tokens are read in their own dtype: no float32 copy of x is made. On CUDA the grouped matmul of one group does the
+// same.
 #pragma once
 
 #include "common/types.h"

@@ -38,8 +38,8 @@ const Float32LinearKernels& kernels() {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// run(range) for ranges that cover [rows, columns] and are cut at multiples of the two steps. Rows are cut first, columns
-// where that leaves threads without work.
+// run(range) for ranges that cover [rows, columns] and are cut at multiples of the two steps. Rows are cut first,
+// columns where that leaves threads without work.
 template <class Run>
 void for_ranges(int64_t rows, int64_t row_step, int64_t columns, int64_t column_step, int64_t work, const Run& run) {
   const int64_t wanted = kTasksPerThread * num_threads();

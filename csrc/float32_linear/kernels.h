@@ -103,8 +103,8 @@ struct SumTile {
   }
 };
 
-// A block of columns: its tiles are staged one behind the other, [tiles][rows][kColumns], as float32 and zero beyond the
-// last column.
+// A block of columns: its tiles are staged one behind the other, [tiles][rows][kColumns], as float32 and zero beyond
+// the last column.
 template <class Simd>
 struct StagedBlock {
   static constexpr int kColumns = TileShape<Simd>::kColumns;

@@ -17,7 +17,7 @@ struct RowProduct {
   RowScale scale = {};
 };
 
-// out_e = left_e^T right_e, over the rows of e; [E, height, width]
+// out_e = factor_e left_e^T right_e, over the rows of e; [E, height, width]
 struct WeightGradientProduct {
   RowGroups groups;           // row_token is not read: either operand may be gathered
   const void* left;           // rows of `height`
@@ -26,6 +26,7 @@ struct WeightGradientProduct {
   const int32_t* right_rows;  // as left_rows
   void* out;
   int64_t height, width;
+  const float* factors = nullptr;  // [E], of float16 alone; null: 1
 };
 
 // How a product with K-major matrices is computed. Few rows: their depth is cut into slices, whose float32 sums

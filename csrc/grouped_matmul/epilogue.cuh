@@ -24,6 +24,7 @@ struct Place {
   int32_t column;  // of the result or of each half of it
   int32_t count;   // elements from there on that exist; 0 where the row does not
   int32_t slice;   // of the depth
+  int32_t expert;  // not known where slices are added up
 };
 
 // Writes the `count` elements that exist. Aligned vectors are whole or empty.
@@ -64,6 +65,7 @@ struct StoreRowsArguments {
   T* out;  // [rows, width]
   int32_t width;
   RowScale scale;
+  const float* expert_factors = nullptr;  // [E] or null; read where the range is narrow
 };
 template <class T, bool kAligned>
 struct StoreRows {
@@ -78,6 +80,13 @@ struct StoreRows {
       const float factor = to.scale.of(place.row);
 #pragma unroll
       for (float& value : values[0]) value *= factor;
+    }
+    if constexpr (kNarrowRange<T>) {
+      if (to.expert_factors != nullptr) {
+        const float factor = load_global(to.expert_factors + place.expert);
+#pragma unroll
+        for (float& value : values[0]) value *= factor;
+      }
     }
     store_elements<kAligned>(to.out + place.row * to.width + place.column, values[0], place.count);
   }
@@ -131,6 +140,7 @@ __device__ __forceinline__ void finish_tile(const Sums& sums, float* slab, const
   Place place;
   place.column = tile.column + sums.warp_column() / kHalves + column;
   place.slice = tile.slice;
+  place.expert = tile.expert;
   const int32_t columns_left = width - place.column;
 #pragma unroll
   for (int m = 0; m < Config::kWarpM / Config::kSlabHeight; ++m) {

@@ -6,8 +6,8 @@
 namespace dynamic_moe {
 namespace {
 
-const GroupedMatmulKernels& kernels() {
-  switch (current_isa()) {
+const GroupedMatmulKernels& kernels(DType dtype) {
+  switch (isa_for(dtype)) {
     case Isa::kScalar:
       break;
     case Isa::kAvx2:
@@ -42,17 +42,17 @@ const GroupedMatmulKernels& kernels() {
 
 void grouped_matmul_cpu(const GroupedMatmulParams& params) {
   if (params.dtype == DType::kFloat64) return plain::grouped_matmul<double>(params);
-  kernels().forward(params);
+  kernels(params.dtype).forward(params);
 }
 
 void grouped_matmul_dx_cpu(const GroupedMatmulDxParams& params) {
   if (params.dtype == DType::kFloat64) return plain::grouped_matmul_dx<double>(params);
-  kernels().dx(params);
+  kernels(params.dtype).dx(params);
 }
 
 void grouped_matmul_dw_cpu(const GroupedMatmulDwParams& params) {
   if (params.dtype == DType::kFloat64) return plain::grouped_matmul_dw<double>(params);
-  kernels().dw(params);
+  kernels(params.dtype).dw(params);
 }
 
 }  // namespace dynamic_moe

@@ -45,7 +45,7 @@ void Products<math>::weight_gradient(const WeightGradientProduct& product, Strea
                        size_32("columns of a matrix", product.width),
                        0,
                        1};
-  const StoreRowsArguments<T> to{static_cast<T*>(product.out), of.width, {}};
+  const StoreRowsArguments<T> to{static_cast<T*>(product.out), of.width, {}, product.factors};
   if (whole_vectors(math, {product.height, product.width}, {product.left, product.right, product.out})) {
     launch_tiles<TileConfig<Product::kWeightGradient, math, Regime::kWeightGradient>>(of, StoreRows<T, true>{to},
                                                                                       product.groups, stream);

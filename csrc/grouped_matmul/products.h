@@ -428,10 +428,11 @@ struct StoredRows {
   }
 };
 
-// out[n][h] = sum over r < rows of a(r)[first_n + n] * b(r)[h], for n < n_count and h < width.
-template <class C>
+// out[n][h] = sum over r < rows of factor_r * a(r)[first_n + n] * b(r)[h], for n < n_count and h < width.
+template <class C, class Factors = Unscaled>
 void outer_products(int64_t rows, int64_t first_n, int n_count, int64_t width, const StoredRows<typename C::T>& a,
-                    const StoredRows<typename C::T>& b, typename C::T* out, int64_t pitch, bool stream_out) {
+                    const StoredRows<typename C::T>& b, typename C::T* out, int64_t pitch, bool stream_out,
+                    const Factors& factors = {}) {
   using Word = typename C::Word;
   constexpr int64_t kBlockWords = C::kPlan.column_block_words;
   const InnerBlocks<C> blocks(rows, kBlockWords);
@@ -453,7 +454,7 @@ void outer_products(int64_t rows, int64_t first_n, int n_count, int64_t width, c
       const int64_t k = blocks.begin(block), elements = blocks.size(block), words = C::words(elements);
       if (h == 0) {
         pack_broadcast_columns<C>([&](int64_t r) { return a(k + r) + first_n; }, n_count, elements,
-                                  a_packed + a_words * block);
+                                  a_packed + a_words * block, factors.from(k));
       }
       pack_columns<C>([&](int64_t r) { return b(k + r); }, panels, elements, panel);
       Stream stream;

@@ -488,9 +488,23 @@ void pack_columns(const Row& row, const Panels<C>& panels, int64_t elements, typ
   }
 }
 
-// The same for the broadcast side: blocks of kRows columns, each [words][kRows].
-template <class C, class Row>
-void pack_broadcast_columns(const Row& row, int columns, int64_t elements, typename C::Word* blocks) {
+// A factor for each row that is packed. Unscaled: all are 1.
+struct Unscaled {
+  Unscaled from(int64_t) const { return {}; }
+};
+struct RowFactors {
+  float common;
+  const float* factor;
+  const int32_t* index;  // row r has common * factor[index[r]]
+
+  RowFactors from(int64_t row) const { return {common, factor, index + row}; }
+  float operator()(int64_t row) const { return common * factor[index[row]]; }
+};
+
+// The same for the broadcast side: blocks of kRows columns, each [words][kRows]; row(k) times its factor, in float32.
+template <class C, class Row, class Factors>
+void pack_broadcast_columns(const Row& row, int columns, int64_t elements, typename C::Word* blocks,
+                            const Factors& factors) {
   constexpr int kWidth = C::kLanes > C::kRows ? C::kLanes : C::kRows;  // columns handled at once
   const int64_t words = C::words(elements);
   for (int64_t k = 0; k < elements; k += C::kPerWord) {
@@ -502,7 +516,9 @@ void pack_broadcast_columns(const Row& row, int columns, int64_t elements, typen
         const int column = first + n;
         const int count = column < columns ? columns - column : 0;
         const int start = column < columns ? column : 0;
-        C::store_vector(step + n, load_column_words<C>(even + start, odd == nullptr ? nullptr : odd + start, count));
+        typename C::Vector v = load_column_words<C>(even + start, odd == nullptr ? nullptr : odd + start, count);
+        if constexpr (!std::is_same_v<Factors, Unscaled>) v = C::Simd::mul(v, C::Simd::broadcast(factors(k)));
+        C::store_vector(step + n, v);
       }
 #pragma GCC unroll 4
       for (int n = 0; n < kWidth; n += C::kRows) {

@@ -128,6 +128,7 @@ __global__ void sum_slices_kernel(const float* partial, const int32_t* num_live_
   place.column = static_cast<int32_t>(index % vectors) * kVector;
   place.count = kVector;
   place.slice = 0;
+  place.expert = -1;
   if (place.row >= load_global(num_live_rows)) return;
   float values[kHalves][kVector] = {};
   const int64_t row_floats = static_cast<int64_t>(width) * kHalves;

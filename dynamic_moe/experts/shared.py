@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_positive, check_std, flatten_tokens
+from dynamic_moe._checks import check_positive, check_std, check_weight_dtype, flatten_tokens
 from dynamic_moe.experts.prepack import Prepackable
 from dynamic_moe.experts.swiglu import check_same_dtype
 from dynamic_moe.float32_linear import float32_linear
@@ -53,6 +53,8 @@ class SharedExpert(Prepackable):
         self.intermediate_size = check_positive("intermediate_size", intermediate_size)
         self.gated = gated
         self.init_std = check_std(init_std)
+        check_weight_dtype(dtype)
+        hidden_size, intermediate_size = self.hidden_size, self.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size, device=device, dtype=dtype))
         self.gate: nn.Parameter | None
@@ -73,7 +75,7 @@ class SharedExpert(Prepackable):
         Raises
         ------
         ValueError
-            If the width of x is not H, or its dtype is not that of the weights outside autocast.
+            If x is not a dense tensor of width H, or its dtype is not that of the weights outside autocast.
         """
         x_TH = flatten_tokens(x, self.hidden_size)
         check_same_dtype(x, self.gate_up_proj)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_positive, check_std, flatten_tokens
+from dynamic_moe._checks import check_dense, check_positive, check_std, check_weight_dtype, flatten_tokens
 from dynamic_moe.experts.prepack import Prepackable
 
 
@@ -52,6 +52,8 @@ class SwiGLUExperts(Prepackable):
         self.intermediate_size = check_positive("intermediate_size", intermediate_size)
         self.static_rows = static_rows
         self.init_std = check_std(init_std)
+        check_weight_dtype(dtype)
+        num_experts, hidden_size, intermediate_size = self.num_experts, self.hidden_size, self.intermediate_size
         self.gate_up_proj = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size, device=device, dtype=dtype)
         )
@@ -85,7 +87,7 @@ class SwiGLUExperts(Prepackable):
         Raises
         ------
         ValueError
-            If a shape or a dtype is not as above.
+            If a shape or a dtype is not as above, or a tensor is not dense.
         """
         x_TH = flatten_tokens(x, self.hidden_size)
         _check_slots(x, expert_ids, expert_weights)
@@ -114,19 +116,33 @@ class SwiGLUExperts(Prepackable):
 
 def check_same_dtype(x: Tensor, weight: Tensor) -> None:
     """Raise a ValueError unless x has the dtype of the weights, or autocast will see to it."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    # The meta device has no autocast to ask for.
+    if x.dtype != weight.dtype and (x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type)):
         raise ValueError(f"x must have the dtype of the weights, {weight.dtype}, outside autocast; got {x.dtype}")
 
 
 def _check_slots(x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
+    try:
+        shape = expert_ids.shape
+        fits = expert_ids.dtype in (torch.int32, torch.int64) and shape[:-1] == x.shape[:-1] and shape[-1] > 0
+        fits = fits and expert_weights.shape == shape and expert_weights.is_floating_point()
+        fits = fits and expert_ids.layout is torch.strided and expert_weights.layout is torch.strided
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensor, a scalar, or a nested tensor
+        fits = False
+    if not fits:
+        _refuse_slots(x, expert_ids, expert_weights)
+
+
+def _refuse_slots(x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> None:
+    check_dense("expert_ids", expert_ids)
+    check_dense("expert_weights", expert_weights)
     if expert_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expert_ids must be an int32 or int64 tensor, got {expert_ids.dtype}")
     if expert_ids.dim() != x.dim() or expert_ids.shape[:-1] != x.shape[:-1] or expert_ids.shape[-1] == 0:
         raise ValueError(
             f"expert_ids must have shape {[*x.shape[:-1], 'K']} with K >= 1, like x, got {list(expert_ids.shape)}"
         )
-    if expert_weights.shape != expert_ids.shape or not expert_weights.is_floating_point():
-        raise ValueError(
-            f"expert_weights must be a floating-point {list(expert_ids.shape)} tensor like expert_ids, "
-            f"got {expert_weights.dtype} {list(expert_weights.shape)}"
-        )
+    raise ValueError(
+        f"expert_weights must be a floating-point {list(expert_ids.shape)} tensor like expert_ids, "
+        f"got {expert_weights.dtype} {list(expert_weights.shape)}"
+    )

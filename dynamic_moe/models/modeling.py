@@ -370,7 +370,7 @@ class DynamicMoEForCausalLM(DynamicMoEPreTrainedModel, GenerationMixin):
             output_router_logits = self.config.output_router_logits
         cache = one_cache(past_key_values, cache)
         loss_options = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels")}
-        with collect_routing() as routings:
+        with collect_routing(self.model) as routings:
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -417,7 +417,7 @@ class DynamicMoEForSequenceClassification(GenericForSequenceClassification, Dyna
         """
         kwargs.pop("num_items_in_batch", None)
         kwargs = with_one_cache(kwargs)
-        with collect_routing() as routings:
+        with collect_routing(self.model) as routings:
             outputs = super().forward(input_ids, labels=labels, return_dict=True, **kwargs)
         result = DynamicMoESequenceClassifierOutput(**outputs)
         if labels is not None or self.training or CACHE_NAME not in kwargs:

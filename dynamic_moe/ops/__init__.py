@@ -3,7 +3,8 @@
 
 Every function here checks its arguments (``ValueError``), works in eager mode, under ``torch.compile(fullgraph=True)``
 with dynamic token counts, in ``torch.export``, under autocast and under activation checkpointing, and has a first
-derivative in reverse mode. Second derivatives and forward-mode differentiation raise an error.
+derivative in reverse mode. Second derivatives and forward-mode differentiation raise an error, also through
+``torch.ops.dynamic_moe`` and in exported programs: a derivative that does not exist is never zero or a part.
 
 Shapes are named as in the whole package: T tokens, E experts, K most experts of a token, H hidden size, I
 intermediate size, R live rows. `dynamic_moe.reference` holds the same functions in plain PyTorch.

@@ -149,7 +149,7 @@ def _torch_allows_tf32() -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast the operands of a matrix product as ``torch.autocast`` asks; float64 stays, as in torch's own rule."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # there is no autocast for meta
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
@@ -276,4 +276,4 @@ def _functorch_function(op: OpOverload, setup_context: Callable[..., None], back
 
 
 def _class_name(op: OpOverload) -> str:
-    return op.name().replace("::", "_").replace(".", "_")
+    return str(op._name).replace("::", "_").replace(".", "_")

@@ -43,7 +43,9 @@ def expert_mlp(
 
     Nothing is padded and no token is dropped; a token without an expert gets 0; an expert without a token costs
     nothing and has a gradient of exactly 0. For the backward pass ``x`` and the pre-activation [R, 2I] are kept, and
-    nothing else; without a gradient to compute, nothing is. Sums are float32 (float64 for float64). Under autocast
+    nothing else; without a gradient to compute, nothing is. Sums are float32 (float64 for float64). In float16 the
+    activation ``silu(g) * u`` and all gradients must stay within 65504, or they are infinite; the pre-activation need
+    not: the backward pass sums again what was too large to keep. Under autocast
     ``x`` and the projections are cast to its dtype. On CUDA, float32 is multiplied as exactly as torch is told to
     (``torch.backends.cuda.matmul.fp32_precision``).
 

@@ -15,15 +15,16 @@ from dynamic_moe.ops._common import differentiable, raw, register_fake
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T`` with float32 products and sums: ``[T, E]``, differentiable any number of times in reverse mode.
 
-    ``torch.set_float32_matmul_precision``, ``torch.backends.*.fp32_precision`` and autocast do not change it, here or in
-    the backward pass, and neither does the number of threads. For the backward pass x is kept as it came.
+    ``torch.set_float32_matmul_precision``, ``torch.backends.*.fp32_precision`` and autocast do not change it, here or
+    in the backward pass, and neither does the number of threads. For the backward pass x and weight are kept as they
+    came.
 
     Parameters
     ----------
     x : Tensor
         [T, H], float32, bfloat16 or float16.
     weight : Tensor
-        float32 [E, H].
+        [E, H], float32, bfloat16 or float16.
     """
     logits: Tensor = _forward(x, weight)
     return logits
@@ -40,8 +41,8 @@ def _dx_fake(d_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @register_fake(raw.float32_linear_dw.default)
-def _dw_fake(d_logits: Tensor, x: Tensor) -> Tensor:
-    return d_logits.new_empty((d_logits.shape[1], x.shape[1]), dtype=torch.float32)
+def _dw_fake(d_logits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return d_logits.new_empty((d_logits.shape[1], x.shape[1]), dtype=dtype)
 
 
 def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -56,20 +57,24 @@ def _backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, Tensor | None]
     need_x, need_weight = ctx.needs_input_grad
     return (
         _dx(d_logits, weight, x.dtype) if need_x else None,
-        _dw(d_logits, x) if need_weight else None,
+        _dw(d_logits, x, weight.dtype) if need_weight else None,
     )
 
 
 def _dx_backward(ctx: Any, d_dx: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     d_logits, weight = ctx.saved_tensors
     need_d_logits, need_weight, _ = ctx.needs_input_grad
-    return _forward(d_dx, weight) if need_d_logits else None, _dw(d_logits, d_dx) if need_weight else None, None
+    return (
+        _forward(d_dx, weight) if need_d_logits else None,
+        _dw(d_logits, d_dx, weight.dtype) if need_weight else None,
+        None,
+    )
 
 
-def _dw_backward(ctx: Any, d_dw: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _dw_backward(ctx: Any, d_dw: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     d_logits, x = ctx.saved_tensors
-    need_d_logits, need_x = ctx.needs_input_grad
-    return _forward(x, d_dw) if need_d_logits else None, _dx(d_logits, d_dw, x.dtype) if need_x else None
+    need_d_logits, need_x, _ = ctx.needs_input_grad
+    return _forward(x, d_dw) if need_d_logits else None, _dx(d_logits, d_dw, x.dtype) if need_x else None, None
 
 
 _forward = differentiable(raw.float32_linear.default, _save_factors, _backward)

@@ -81,8 +81,8 @@ def top_p_gating(
     p : float or Tensor, default 0.4
         Mass to reach, in (0, 1]. 1 selects ``max_experts`` experts. As a tensor of one element, on the CPU or on the
         device of the logits, it may change from call to call without ``torch.compile`` compiling anew, and in a CUDA
-        graph. It has no gradient. On a CUDA device its value is not checked: up to 0 (and NaN) it gives one expert, from
-        1 on ``max_experts``.
+        graph. It has no gradient. On a CUDA device its value is not checked: up to 0 (and NaN) it gives one expert,
+        from 1 on ``max_experts``.
     max_experts : int, optional
         K, in [1, E]. Default: E, which is exact.
     threshold_rule : {"paper", "released"}, default "paper"
@@ -116,7 +116,7 @@ def top_p_gating(
     check_finite = checked_mode() if check_finite is None else check_finite
     call = _top_p
     if isinstance(p, Tensor):
-        call, p = _top_p_tensor, p.detach().to(torch.float64)
+        call, p = _top_p_tensor, p.detach().to(torch.float64).reshape(1)
     return Gating(*call(logits, p, max_experts, strict, renormalize, temperature, token_mask, check_finite))
 
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
     static_rows : bool, default False
         Let the row buffers, here and in every operator that takes the permutation, hold T * K rows, so that no shape
         depends on data: nothing waits for the device, and a CUDA graph can hold the call. Results are the same; what
-        stands in row buffers beyond R has no meaning. It costs memory for the unused slots.
+        stands in row buffers beyond R has no meaning. It costs memory for the unused slots. Needed on the meta device,
+        and under ``torch.func.vmap``, which runs the operators once for each element of the mapped dimension.
 
     Returns
     -------
@@ -73,15 +75,42 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
     Raises
     ------
     ValueError
-        If ``expert_ids`` has another dtype or number of dimensions, ``num_experts`` is not positive, or T * K does not
-        fit into 31 bits.
+        If ``expert_ids`` has another dtype or number of dimensions, ``num_experts`` is not a positive integer, T * K
+        does not fit into 31 bits, or ``static_rows`` is needed and not given.
     """
     check_tensor("expert_ids", expert_ids, (torch.int32, torch.int64), T=None, K=None)
+    if type(num_experts) is not int:
+        num_experts = _as_int("num_experts", num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if expert_ids.dtype == torch.int64:
         expert_ids = expert_ids.clamp(-1, num_experts).to(torch.int32)  # clamped: 2**32 must not wrap to expert 0
-    return Permutation(*raw.permute.default(expert_ids, num_experts, static_rows))
+    try:
+        return Permutation(*raw.permute.default(expert_ids, num_experts, static_rows))
+    except RuntimeError as error:
+        if static_rows:
+            raise
+        _refuse_dynamic_rows(expert_ids, error)
+
+
+def _as_int(name: str, value: Any) -> int:
+    """Return an integer of another type (NumPy's, a symbolic one) as torch takes it."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]  # torch takes it as an int
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def _refuse_dynamic_rows(expert_ids: Tensor, error: RuntimeError) -> NoReturn:
+    """Say what is missing where the number of rows cannot depend on the data."""
+    if expert_ids.device.type == "meta":
+        where = "on the meta device there are no expert_ids to count"
+    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        where = "under torch.func.vmap every element of the mapped dimension would have another number of rows"
+    else:
+        raise error
+    raise ValueError(f"static_rows must be True, got False: {where}") from error
 
 
 def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:

@@ -50,8 +50,9 @@ class PackedExperts(NamedTuple):
 def prepack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> PackedExperts:
     """Rearrange expert weights for `expert_mlp_prepacked`.
 
-    The order depends on the CPU level in use (``dynamic_moe.info``). The result takes as much memory as the weights,
-    up to padding; float16, and bfloat16 below the level avx512_bf16, are converted to float32 and take twice as much.
+    The order depends on the CPU level that computes with the dtype (``dynamic_moe.info``). The result takes as much
+    memory as the weights, up to padding; float16, and bfloat16 below the level avx512_bf16, are converted to float32
+    and take twice as much.
 
     Parameters
     ----------
@@ -153,7 +154,8 @@ def expert_mlp_prepacked(
 @register_fake(raw.prepack_experts.default)
 def _prepack_fake(gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     num_experts, hidden_size, intermediate_size = down_proj.shape
-    plan = _C.tile_plan(_C.cpu_isa(), str(gate_up_proj.dtype).removeprefix("torch."))
+    dtype = str(gate_up_proj.dtype).removeprefix("torch.")
+    plan = _C.tile_plan(_C.cpu_isa_for(dtype), dtype)
     lanes, per_word = plan["lanes"], 2 if plan["multiplies_pairs"] else 1
 
     def words(columns: int, inner: int) -> int:

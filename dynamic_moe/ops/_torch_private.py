@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from dynamic_moe import _C
 
-_library = torch.library.Library("dynamic_moe", "IMPL")
+_library = torch.library.Library("dynamic_moe", "IMPL")  # type: ignore[no-untyped-call]
 
 
 def raise_value_errors() -> None:
@@ -63,10 +63,10 @@ def refuse_tangents(op: OpOverload) -> None:
 
     def check(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
-            raise RuntimeError(f"{op.name()} has no forward-mode derivative: use reverse mode")
+            raise RuntimeError(f"{op._name} has no forward-mode derivative: use reverse mode")
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
-    _library.impl(op, check, "ADInplaceOrView", with_keyset=True)
+    _library.impl(op, check, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _has_tangent(value: Any) -> bool:
@@ -76,4 +76,4 @@ def _has_tangent(value: Any) -> bool:
     if functorch.is_gradtrackingtensor(value):  # its tangent is out of sight; its level tells which transform made it
         levels = {each.level() for each in functorch.get_interpreter_stack() or () if each.key() == TransformType.Jvp}
         return functorch.maybe_get_level(value) in levels
-    return forward_ad.unpack_dual(value).tangent is not None
+    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]

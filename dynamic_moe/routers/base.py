@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from dynamic_moe._checks import check_positive, check_std, flatten_mask, flatten_tokens
+from dynamic_moe._checks import check_positive, check_std, check_weight_dtype, flatten_mask, flatten_tokens
 from dynamic_moe.float32_linear import float32_linear, without_autocast
 from dynamic_moe.routing import Routing
 
@@ -54,7 +54,8 @@ class Router(nn.Module):
         self.hidden_size = check_positive("hidden_size", hidden_size)
         self.num_experts = check_positive("num_experts", num_experts)
         self.init_std = check_std(init_std)
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        check_weight_dtype(dtype)
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,7 +92,7 @@ class Router(nn.Module):
         Raises
         ------
         ValueError
-            If the width of x is not H, x is not floating point, or the mask does not fit.
+            If x is not a dense floating-point tensor of width H, or the mask does not fit.
         """
         x_TH = flatten_tokens(x, self.hidden_size)
         token_mask_T = flatten_mask(token_mask, x)

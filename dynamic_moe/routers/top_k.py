@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-k routing."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_positive
+from dynamic_moe._checks import check_at_most, check_temperature
 from dynamic_moe.routers.base import Router
 from dynamic_moe.routing import Routing
 
@@ -46,13 +44,9 @@ class TopKRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
-        if check_positive("k", k) > num_experts:
-            raise ValueError(f"k must be at most num_experts={num_experts}, got {k}")
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
-        self.k = k
+        self.k = check_at_most("k", k, "num_experts", self.num_experts)
         self.renormalize = renormalize
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
 
     def select(self, logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Routing:
         """Apply the rule to ``[T, E]`` logits."""

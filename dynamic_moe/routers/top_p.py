@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-p routing."""
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, Self
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_positive
+from dynamic_moe._checks import check_at_most, check_temperature
 from dynamic_moe.routers.base import Router
 from dynamic_moe.routing import Routing
 
@@ -57,18 +56,18 @@ class TopPRouter(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
         # On the CPU whatever the default device is, also where modules are built on the meta device: p is no weight.
-        self._p_tensor = torch.empty((), dtype=torch.float64, device="cpu")
+        # Not a scalar: torch.compile takes a float64 scalar on the CPU for a number of Python, and traces all twice.
+        self._p_tensor = torch.empty(1, dtype=torch.float64, device="cpu")
+        self._p: float
         self.p = p
-        if max_experts is not None and check_positive("max_experts", max_experts) > num_experts:
-            raise ValueError(f"max_experts must be at most num_experts={num_experts}, got {max_experts}")
+        if max_experts is not None:
+            max_experts = check_at_most("max_experts", max_experts, "num_experts", self.num_experts)
         if threshold_rule not in ("paper", "released"):
             raise ValueError(f"threshold_rule must be 'paper' or 'released', got {threshold_rule!r}")
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
         self.max_experts = max_experts
         self.renormalize = renormalize
         self.threshold_rule = threshold_rule
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
 
     @property
     def p(self) -> float:
@@ -78,7 +77,7 @@ class TopPRouter(Router):
     @p.setter
     def p(self, value: float) -> None:
         if not isinstance(value, Real) or not 0.0 < value <= 1.0:
-            raise ValueError(f"p must be a number in (0, 1], got {value!r}")
+            raise ValueError(f"p must be in (0, 1], got {value!r}")
         self._p = float(value)
         self._p_tensor.fill_(self._p)  # in place: a CUDA graph reads this very memory
 

@@ -262,4 +262,18 @@ CUDA_MUTANTS = [
         "to.d_pre_activation + pre, d_up",
         "cuda/expert_mlp",
     ),
+    Mutant(
+        "expert pass on CUDA: the backward pass of float16 takes an infinite gate as it is",
+        "csrc/expert_mlp/swiglu_epilogues.cuh",
+        "        sum_infinite_again(place, 0, gate);\n",
+        "",
+        "cuda/expert_mlp",
+    ),
+    Mutant(
+        "expert pass on CUDA: float16 has no room for weights above 1",
+        "csrc/expert_mlp/expert_mlp_kernels.cuh",
+        "unit <= 1.01f * largest && unit < 0x1p100f",
+        "false",
+        "cuda/expert_mlp",
+    ),
 ]

@@ -33,6 +33,36 @@ MUTANTS = [
         "g[ids[k]] = d_weights[k] / mass;",
         "gating",
     ),
+    # ---- the router's product ----
+    Mutant(
+        "router product: the last part of a row of x is left out",
+        "csrc/float32_linear/kernels.h",
+        "if (rest > 0) add(",
+        "if (rest > Simd::kLanes) add(",
+        "float32_linear",
+        needs="avx2",
+    ),
+    Mutant(
+        "router product, dx: rows of the last, smaller tile are those of the first",
+        "csrc/float32_linear/kernels.h",
+        "T* out = static_cast<T*>(p.dx) + (t0 + t) * p.hidden_size",
+        "T* out = static_cast<T*>(p.dx) + t * p.hidden_size",
+        "float32_linear",
+    ),
+    Mutant(
+        "router product, dw: sums of earlier tokens are thrown away",
+        "csrc/float32_linear/kernels.h",
+        "t0 > 0 && e < experts",
+        "t0 < 0 && e < experts",
+        "float32_linear",
+    ),
+    Mutant(
+        "router product, dw: without tokens nothing is written",
+        "csrc/float32_linear/kernels.h",
+        "t0 == 0 || t0 < p.num_tokens",
+        "t0 < p.num_tokens",
+        "float32_linear",
+    ),
     # ---- permutation and combine ----
     Mutant(
         "permute: every row has the first slot of its token",
@@ -271,8 +301,15 @@ MUTANTS = [
     Mutant(
         "expert pass: d_down_proj without the weights",
         "csrc/expert_mlp/passes.h",
-        "Simd::mul(gradient.activation, scale)",
-        "gradient.activation",
+        "kNarrowRange<typename C::T> ? Simd::broadcast(0.5f) : scale",
+        "Simd::broadcast(0.5f)",
+        "expert_mlp",
+    ),
+    Mutant(
+        "expert pass: float16's backward pass takes an infinite pre-activation as it is",
+        "csrc/expert_mlp/passes.h",
+        "if (C::Simd::any_infinite(v))",
+        "if (false)",
         "expert_mlp",
     ),
     Mutant(
@@ -300,7 +337,22 @@ MUTANTS = [
     Mutant(
         "levels: DYNAMIC_MOE_CPU_ISA may name a level that the machine lacks",
         "csrc/common/isa.cpp",
-        "  if (!isa_supported(isa)) throw_unsupported(kVariable, isa);\n",
+        "  require_supported(kVariable, isa, supported());\n",
+        "",
+        "common",
+    ),
+    Mutant(
+        "levels: products of every dtype ask for the tiles",
+        "csrc/common/isa_choice.h",
+        "choice.isa != Isa::kAmx || dtype != DType::kBFloat16",
+        "choice.isa != Isa::kAmx",
+        "common",
+        needs="amx",
+    ),
+    Mutant(
+        "levels: threads that come together ask for the tiles more than once",
+        "csrc/common/tile_permission.cpp",
+        "    answer = answer_.load(std::memory_order_relaxed);\n",
         "",
         "common",
     ),

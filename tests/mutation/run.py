@@ -71,8 +71,8 @@ class Workshop:
                 shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy2(source, root / name)
-        levels = self.output([sys.executable, "-c", "from dynamic_moe import _C; print(*_C.supported_cpu_isas())"])
-        self.supported = levels.split()
+        code = "from dynamic_moe import _C; print(*_C.supported_cpu_isas(ask=True))"
+        self.supported = self.output([sys.executable, "-c", code]).split()
         self.levels = list(dict.fromkeys([self.supported[0], self.supported[-1]]))
         imported = Path(self.output([sys.executable, "-c", "import dynamic_moe; print(dynamic_moe.__file__)"]).strip())
         if root not in imported.parents:

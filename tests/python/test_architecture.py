@@ -28,7 +28,7 @@ PACKAGE = {
     "ops": {"_C"},
     "float32_linear": {"ops"},
     "reference": {"ops"},
-    "routing": {"ops"},
+    "routing": {"_checks", "ops"},
     "losses": {"routing"},
     "collect": {"routing"},
     "routers": {"_checks", "float32_linear", "ops", "routing"},
@@ -96,6 +96,17 @@ def test_torch_and_python_stay_in_the_bindings() -> None:
         if any(re.match(r"torch/|pybind11/|c10/|ATen/|Python\.h", name) for name in names)
     }
     assert users == {"bindings"}
+
+
+def test_products_choose_their_level_by_dtype_and_one_file_asks_for_tiles() -> None:
+    """``isa_for`` falls back where tiles are refused; a dispatcher that asks for the level alone would not."""
+    sources = {path: path.read_text() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    users = {path.parent.name for path, text in sources.items() if re.search(r"\bcurrent_isa\(", text)}
+    assert users == {"common", "bindings", "gating", "permutation"}
+    assert {path.parent.name for path, text in sources.items() if "isa_for(" in text} == {
+        *("common", "bindings", "grouped_matmul", "expert_mlp")
+    }
+    assert [path.name for path, text in sources.items() if "SYS_arch_prctl" in text] == ["tile_permission.cpp"]
 
 
 def test_no_source_file_is_included() -> None:

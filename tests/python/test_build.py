@@ -13,10 +13,11 @@ import tarfile
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from dynamic_moe import _C, info
 
@@ -82,17 +83,19 @@ class TestCpuLevels:
         supported = _C.supported_cpu_isas()
         assert supported[0] == "scalar"
         assert supported == [name for name in _C.build_info()["cpu_isas"] if name in supported]
-        best = [name for name in supported if name != "amx"][-1]  # not tested on a machine that has it: only when named
-        assert _C.cpu_isa() == (os.environ.get("DYNAMIC_MOE_CPU_ISA") or best)
+        default = "amx" if "amx" in supported else _C.amx_tiles()["bfloat16_isa_when_refused"]
+        assert _C.cpu_isa() == (os.environ.get("DYNAMIC_MOE_CPU_ISA") or default)
 
     def test_set_cpu_isa_changes_the_level(self):
         before = _C.cpu_isa()
         try:
-            for name in _C.supported_cpu_isas():
+            for name in _C.supported_cpu_isas(ask=True):
                 _C.set_cpu_isa(name)
                 assert _C.cpu_isa() == name
+                assert _C.cpu_isa_for("bfloat16") == _C.cpu_isa_for("float16") == name
         finally:
-            _C.set_cpu_isa(before)
+            _C.set_cpu_isa(None)
+        assert _C.cpu_isa() == before
 
     def test_set_cpu_isa_names_what_it_takes(self):
         with pytest.raises(ValueError, match=r"^isa must be one of scalar, .*, got 'sse'$"):
@@ -216,12 +219,27 @@ class TestCudaToolkit:
         with pytest.raises(ValueError, match=r"^DYNAMIC_MOE_CUDA must be 0, 1 or unset, got 'yes'$"):
             cuda_toolkit.cuda_toolkit()
 
-    def test_every_default_architecture_is_judged_by_its_machine_code(self):
-        numbers = [name.removesuffix("+PTX").replace(".", "") for name in cuda_toolkit.CUDA_ARCHITECTURES.split(";")]
-        text = (ROOT / "build_support" / "cuda_check.py").read_text()
-        assert re.search(r"^ARCHITECTURES = \((.*)\)$", text, re.MULTILINE)[1] == ", ".join(
-            f'"sm_{number}"' for number in numbers
-        )
+    @pytest.mark.parametrize(
+        ("known", "architectures"),
+        [
+            ("75 80 86 87 88 89 90 100 110 103 120 121", "8.0+PTX;9.0;10.0;11.0;12.0+PTX"),  # 13.0
+            ("50 75 80 86 87 89 90 100 101 120", "8.0+PTX;9.0;10.0+PTX;12.0+PTX"),  # 12.8
+            ("50 75 80 86 87 89 90", "8.0+PTX;9.0+PTX"),  # 12.0
+            ("90 100 110 120 130", "9.0;10.0;11.0;12.0+PTX"),  # one day
+        ],
+    )
+    def test_every_toolkit_compiles_what_it_knows_and_ptx_for_the_rest(self, known, architectures, monkeypatch):
+        assert cuda_toolkit.architecture_list(set(known.split())) == architectures
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+        assert sorted(cuda_toolkit.code_flags(architectures)) == cpp_extension._get_cuda_arch_flags()
+
+    def test_nvcc_is_asked_what_it_knows(self, folder):
+        nvcc = folder / "bin" / "nvcc"
+        nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && printf "compute_75\\ncompute_80\\ncompute_90\\n"\n')
+        assert cuda_toolkit.cuda_architectures(folder) == "8.0+PTX;9.0+PTX"
+        nvcc.write_text("#!/bin/sh\necho compute_75\n")
+        with pytest.raises(RuntimeError, match="nvcc must know one of"):
+            cuda_toolkit.cuda_architectures(folder)
 
 
 @pytest.mark.level_independent
@@ -364,8 +382,16 @@ class TestSummary:
     def test_one_failure_fails_the_whole(self, capsys):
         good, bad = run_all.Outcome("good", 5, 0, 1, 2.0), run_all.Outcome("bad", 3, 1, 0, 2.0)
         assert run_all.summary([good]) == 0
-        assert run_all.summary([good, bad]) == 1
-        assert capsys.readouterr().out.endswith("8 passed, 1 failed\n")
+        assert run_all.summary([good, bad], "amx was left out") == 1
+        assert capsys.readouterr().out.endswith("amx was left out\n8 passed, 1 failed\n")
+
+    @pytest.mark.parametrize("state", ["granted", "refused"])
+    def test_a_level_whose_tiles_are_refused_is_left_out_and_said(self, monkeypatch, state):
+        levels = ["scalar", "amx"] if state == "granted" else ["scalar"]
+        answer = json.dumps([levels, {"state": state, "reason": "a reason"}])
+        monkeypatch.setattr(run_all.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=answer))
+        left_out = "amx was left out, its tiles are refused: a reason" if state == "refused" else ""
+        assert run_all.runnable_levels() == (levels[::-1], left_out)
 
 
 class TestInfo:
@@ -376,12 +402,30 @@ class TestInfo:
         assert rows["torch"].startswith(torch.__version__)
         assert rows["CPU level"].startswith(f"{_C.cpu_isa()} (supported here: scalar")
         assert set(rows) == {
-            *("dynamic_moe", "Python", "torch", "OS", "processor", "threads", "CPU level", "CUDA kernels", "GPU")
+            *("dynamic_moe", "Python", "torch", "OS", "processor", "threads", "CPU level", "AMX tiles", "CUDA kernels"),
+            "GPU",
         }
+        assert rows["AMX tiles"] == info.tiles_text(info.collect(ask_for_tiles=True))
 
     def test_json_is_what_collect_returns(self, capsys):
         info.main(["--json"])
         assert json.loads(capsys.readouterr().out) == info.collect()
+
+    @pytest.mark.parametrize(
+        ("state", "reason", "level", "text"),
+        [
+            ("not on this processor", None, "avx2", "not on this processor"),
+            ("not asked for yet", None, "amx", "not asked for yet"),
+            ("granted", None, "amx", "granted"),
+            ("refused", "a reason", "avx2", "refused: a reason"),
+            ("refused", "a reason", "amx", "refused: a reason; bfloat16 at avx512, or an error where amx was forced"),
+        ],
+    )
+    def test_says_whether_tiles_may_be_used(self, state, reason, level, text):
+        found = info.collect()
+        found["amx_tiles"] = {"state": state, "reason": reason, "bfloat16_isa_when_refused": "avx512"}
+        found["cpu_isa"] = level
+        assert re.search(rf"^AMX tiles +{text}$", info.as_text(found), re.MULTILINE)
 
     def test_says_so_if_there_are_no_cuda_kernels_and_no_gpu(self):
         found = info.collect()

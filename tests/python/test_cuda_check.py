@@ -16,6 +16,7 @@ pytestmark = pytest.mark.level_independent
 
 sass = load(ROOT / "build_support" / "sass.py")
 occupancy = load(ROOT / "build_support" / "occupancy.py")
+device_code = load(ROOT / "build_support" / "device_code.py")
 kernel_report = load(ROOT / "build_support" / "kernel_report.py")
 
 
@@ -105,8 +106,10 @@ class TestOccupancy:
             ("sm_80", 256, 64, 48 * 1024, 3),  # shared: 164 // 49
             ("sm_80", 128, 32, 163 * 1024, 1),
             ("sm_80", 128, 32, 164 * 1024, 0),  # one KiB is the system's
-            ("sm_90a", 128, 255, 96 * 1024, 2),
-            ("sm_100a", 128, 128, 64 * 1024, 3),
+            ("sm_90", 128, 255, 96 * 1024, 2),
+            ("sm_100", 128, 128, 64 * 1024, 3),
+            ("sm_110", 128, 32, 0, 12),  # warps: 48 / 4
+            ("sm_110", 32, 16, 0, 24),  # blocks
             ("sm_120", 128, 32, 0, 12),  # warps: 48 / 4
             ("sm_120", 32, 16, 0, 24),  # blocks
             ("sm_120", 128, 32, 50 * 1024, 1),
@@ -148,8 +151,9 @@ class TestReading:
         assert (tile.registers, tile.shared) == (255, 98304)
 
     def test_the_policy_prints_what_is_read_here(self, cuda_check):
-        for arch in cuda_check.ARCHITECTURES:
-            assert len(cuda_check.policy_table(arch)) == 3 * 4 * 5
+        tables = {arch: cuda_check.policy_table(arch) for arch in ("sm_80", "sm_90", "sm_100a", "sm_110", "sm_120")}
+        assert all(len(table) == 3 * 4 * 5 for table in tables.values())
+        assert tables["sm_110"] == tables["sm_100a"] != tables["sm_120"]
 
     def test_names_are_shortened(self, cuda_check):
         name = (
@@ -168,6 +172,62 @@ class TestReading:
         sections = struct.pack("<IIQQQQ24x", 1, 3, 0, 0, 64, len(names))
         sections += struct.pack("<IIQQQQ24x", 11, 1, 0, 0, 64 + len(names), len(info))
         assert cuda_check.max_threads(bytes(header) + names + info + sections) == {"f": 256}
+
+
+class TestDeviceCode:
+    """What cuobjdump 13.5 prints of objects, and what devices make of them."""
+
+    CUBINS = "".join(
+        f"ELF file    {number}: permute_cuda.{number}.sm_{arch}.cubin\n"
+        for number, arch in enumerate((80, 90, 100, 110, 120), 1)
+    )
+    PTX = "PTX file    1: permute_cuda.1.sm_80.ptx\nPTX file    2: permute_cuda.2.sm_120.ptx\n"
+
+    def runs(self, cubins: str, ptx: str) -> dict[str, str | None]:
+        cubins, ptx = device_code.targets(cubins), device_code.targets(ptx)
+        return {device: device_code.code_of(device, cubins, ptx) for device in device_code.DEVICES}
+
+    def test_a_default_build_has_code_for_every_device(self):
+        assert self.runs(self.CUBINS, self.PTX) == {
+            "8.0": "sm_80",
+            "8.6": "sm_80",
+            "8.7": "PTX of compute_80",
+            "8.8": "PTX of compute_80",
+            "8.9": "sm_80",
+            "9.0": "sm_90",
+            "10.0": "sm_100",
+            "10.3": "sm_100",
+            "11.0": "sm_110",
+            "12.0": "sm_120",
+            "12.1": "sm_120",
+        }
+        assert device_code.code_of("13.0", set(), device_code.targets(self.PTX)) == "PTX of compute_120"
+
+    def test_a_targets_leave_devices_without_code(self):
+        cubins = self.CUBINS.replace("sm_90", "sm_90a").replace("sm_100", "sm_100a").replace("sm_110", "sm_999")
+        runs = self.runs(cubins, self.PTX.partition("\n")[2])
+        assert [device for device, code in runs.items() if code is None] == ["8.7", "8.8", "10.3", "11.0"]
+        assert runs["9.0"] == "sm_90a"
+
+    def test_f_targets_run_on_their_family_and_machine_code_on_no_lower_minor_number(self):
+        runs = self.runs("x.1.sm_100f.cubin\nx.2.sm_86.cubin\nx.3.sm_121.cubin\n", "")
+        assert {device for device, code in runs.items() if code} == {"8.6", "8.9", "10.0", "10.3", "12.1"}
+
+    def test_an_object_without_code_for_a_device_fails_the_check(self, cuda_check, monkeypatch, tmp_path, capsys):
+        kernel = cuda_check.judge("sm_80", sample("good_product"), "f", 128, 40, 0, {})
+        complete = cuda_check.Object(Path("a.cu"), [kernel], *map(device_code.targets, (self.CUBINS, self.PTX)))
+        without_ptx = cuda_check.Object(Path("b.cu"), [kernel], complete.cubins, set())
+        monkeypatch.setattr(cuda_check, "cuda_toolkit", lambda: tmp_path)
+        monkeypatch.setattr(cuda_check, "cuda_architectures", lambda _: "8.0")
+        monkeypatch.setattr(cuda_check, "nvcc_version", lambda _: "13.0")
+        monkeypatch.setattr(sys, "argv", ["cuda_check.py", "--report", str(tmp_path / "report.md")])
+        for objects, status in (([complete], 0), ([complete, without_ptx], 1)):
+            monkeypatch.setattr(cuda_check, "compile_all", lambda *_, objects=objects: objects)
+            assert cuda_check.main() == status
+        assert "b.cu: no code for devices of compute capability 8.7, 8.8\n" in capsys.readouterr().out
+        report = (tmp_path / "report.md").read_text()
+        assert "| 9.0 | H100, H200 | sm_90 |" in report
+        assert "| 8.7 | Jetson Orin | **none** |" in report
 
 
 class TestRules:

@@ -21,6 +21,9 @@ ON_CUDA = {
     "combine_backward",
     "expert_mlp",
     "expert_mlp_backward",
+    "float32_linear",
+    "float32_linear_dw",
+    "float32_linear_dx",
     "gating_backward",
     "grouped_matmul",
     "grouped_matmul_dw",
@@ -28,6 +31,7 @@ ON_CUDA = {
     "permute",
     "top_k_gating",
     "top_p_gating",
+    "top_p_gating.tensor",
 }
 ON_CPU_ALONE = {"expert_mlp_prepacked", "prepack_experts"}
 

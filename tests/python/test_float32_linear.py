@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router's products: float32 whatever torch is told, forward and backward, and differentiable any number of times."""
+"""The router's products: float32 whatever torch is told, forward and backward, with derivatives of any order."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dynamic_moe import DynamicMoE, TopKRouter, TopPRouter, losses, ops
+from dynamic_moe.float32_linear import float32_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.level_independent]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,6 +68,26 @@ def test_gating(tokens: int, experts: int, masked: bool, dtype: torch.dtype) -> 
     on_both(lambda z, mask: ops.top_p_gating(z, 0.7, renormalize=True, temperature=1.3, token_mask=mask), logits, mask)
     on_both(lambda z, mask: ops.top_p_gating(z, 0.4, threshold_rule="released", token_mask=mask), logits, mask)
     on_both(lambda z, mask: ops.top_k_gating(z, min(2, experts), token_mask=mask), logits, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_products_of_a_router(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    tokens, experts, _, hidden, _ = size
+    x = torch.randn(tokens, hidden).to(dtype).requires_grad_()
+    on_both(lambda x, w: (float32_linear(x, w),), x, torch.randn(experts, hidden, requires_grad=True))
+
+
+def test_a_threshold_on_the_device_is_read_there() -> None:
+    logits, p = torch.randn(77, 8, device="cuda"), torch.tensor([0.3], dtype=torch.float64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    ops.top_p_gating(logits, p)
+    with torch.cuda.graph(graph):
+        gating = ops.top_p_gating(logits, p)
+    for value in (0.3, 0.7, 1.0):
+        p.fill_(value)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(gating, ops.top_p_gating(logits, value), strict=True))
 
 
 def test_a_faulty_token_stays_alone() -> None:

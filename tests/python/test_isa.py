@@ -5,6 +5,7 @@ The numerics of each level are tested against float64 by running the whole suite
 process are compared with each other.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -22,14 +23,14 @@ from dynamic_moe import _C, ops
 
 pytestmark = pytest.mark.level_independent
 
-LEVELS = _C.supported_cpu_isas()
+LEVELS = _C.supported_cpu_isas(ask=True)
+HAS_TILES = "amx" in _C.supported_cpu_isas()
 
 
 @pytest.fixture(autouse=True)
 def level() -> Iterator[None]:
-    before = _C.cpu_isa()
     yield
-    _C.set_cpu_isa(before)
+    _C.set_cpu_isa(None)
 
 
 def pass_and_gradients(problem: RaggedProblem) -> list[Tensor]:
@@ -123,3 +124,54 @@ def test_an_unknown_level_is_an_error_and_changes_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=f"isa must be one of scalar, .*, got '{name}'"):
         _C.set_cpu_isa(name)
     assert _C.cpu_isa() == before
+
+
+def test_none_goes_back_to_the_level_of_the_beginning() -> None:
+    before = _C.cpu_isa()
+    for name in LEVELS:
+        _C.set_cpu_isa(name)
+    _C.set_cpu_isa(None)
+    assert _C.cpu_isa() == before
+
+
+def tiles_seen(argument: str, level: str) -> tuple[list[str], str | None, str | None]:
+    """Return the states of the tiles at import, behind float16 and behind bfloat16, the error, and the reason."""
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("tiles_process.py")), argument],
+        env=os.environ | {"DYNAMIC_MOE_CPU_ISA": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    seen, error, reason = json.loads(result.stdout)
+    return seen, error, reason
+
+
+@pytest.mark.skipif(not HAS_TILES, reason="no AMX here")
+@pytest.mark.parametrize("level", ["", "amx"])
+def test_tiles_are_asked_for_by_the_first_bfloat16_product(level: str) -> None:
+    if "amx" not in LEVELS:
+        pytest.skip(f"tiles are refused here: {_C.amx_tiles()['reason']}")
+    assert tiles_seen("", level) == (["not asked for yet", "not asked for yet", "granted"], None, None)
+
+
+@pytest.mark.skipif(not HAS_TILES, reason="no AMX here")
+def test_where_tiles_are_refused_bfloat16_runs_at_another_level_and_a_forced_one_is_an_error() -> None:
+    states = ["not asked for yet", "not asked for yet", "refused"]
+    seen, error, reason = tiles_seen("refuse", "")
+    assert (seen, error) == (states, None)
+    assert reason is not None
+    assert "alternate signal stack" in reason
+    seen, error, reason = tiles_seen("refuse", "amx")
+    assert seen == states
+    assert error is not None
+    assert "amx was forced" in error
+    assert reason is not None
+    assert reason in error
+
+
+def test_a_level_without_tiles_never_asks() -> None:
+    states, error, _ = tiles_seen("", [level for level in LEVELS if level != "amx"][-1])
+    assert states == [_C.amx_tiles()["state"] if not HAS_TILES else "not asked for yet"] * 3
+    assert error is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynamic_moe import DynamicMoE, Router, Routing, TopKRouter, TopPRouter, losses
+from dynamic_moe import DynamicMoE, Router, Routing, TopKRouter, TopPRouter, losses, ops
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -386,6 +386,59 @@ def test_construction_on_the_meta_device() -> None:
     assert torch.equal(layer(x), again(x))
 
 
+def test_the_meta_device_has_shapes_where_rows_are_static() -> None:
+    layer, x = make(device="meta", static_rows=True, shared_intermediate_size=16), torch.randn(2, 5, 24, device="meta")
+    y, routing = layer(x, return_routing=True)
+    (y.sum() + losses.load_balancing(routing)).backward()
+    assert (y.shape, y.device.type) == (x.shape, "meta")
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    with pytest.raises(ValueError, match="static_rows must be True, got False: on the meta device"):
+        make(device="meta")(x)
+
+
+@pytest.mark.parametrize("static_rows", [False, True])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample_need_static_rows(static_rows: bool) -> None:
+    layer, samples = make(torch.float64, top_p=0.6, static_rows=static_rows), torch.randn(5, 3, 24).double()
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        y, routing = torch.func.functional_call(layer, parameters, x, {"return_routing": True})
+        return y.square().sum() + losses.load_balancing(routing)
+
+    of_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    assert len({int(layer(x, return_routing=True)[1].tokens_per_expert.sum()) for x in samples}) > 1
+    if static_rows:
+        gradients = of_each(parameters, samples)
+        for index, x in enumerate(samples):
+            for name, expected in torch.func.grad(loss)(parameters, x).items():
+                torch.testing.assert_close(gradients[name][index], expected)
+    else:
+        with pytest.raises(ValueError, match=r"static_rows must be True, got False: under torch.func.vmap"):
+            of_each(parameters, samples)
+
+
+def test_sizes_may_be_numpy_integers() -> None:
+    numpy = pytest.importorskip("numpy")
+    size = numpy.int64
+    routers = [
+        TopPRouter(size(24), size(6), max_experts=size(3), temperature=numpy.float32(2.0)),
+        TopKRouter(size(24), size(6), size(3), init_std=numpy.float32(0.1)),
+    ]
+    for router in routers:
+        layer = DynamicMoE(size(24), size(40), size(6), router=router, shared_intermediate_size=size(16))
+        assert layer(torch.randn(3, 24)).shape == (3, 24)
+        attributes = [value for module in layer.modules() for value in vars(module).values()]
+        assert not [value for value in attributes if isinstance(value, numpy.generic)]
+    ids = torch.zeros(3, 2, dtype=torch.int32)
+    assert torch.equal(ops.permute(ids, size(6)).row_slot, ops.permute(ids, 6).row_slot)
+    for wrong in (True, numpy.True_, 6.0, numpy.float64(6.0), torch.tensor(6), "6"):
+        with pytest.raises(ValueError, match="num_experts must be an integer"):
+            ops.permute(ids, wrong)
+        with pytest.raises(ValueError, match="hidden_size must be an integer"):
+            make(router=TopPRouter(wrong, 6))
+
+
 def test_parameters_start_at_the_given_standard_deviation() -> None:
     torch.manual_seed(0)
     for std in (0.02, 0.006):
@@ -407,6 +460,54 @@ def test_defaults() -> None:
     assert repr(layer).startswith("DynamicMoE(\n  hidden_size=24, intermediate_size=40, num_experts=6\n")
 
 
+class Constant(nn.Module):
+    """A router that always returns the same."""
+
+    def __init__(self, routing: Any) -> None:
+        super().__init__()
+        self.routing = routing
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Any:
+        return self.routing
+
+
+X = torch.zeros(3, 24)
+STRANGE: dict[str, tuple[Any, str]] = {
+    "list": (X.tolist(), "must be a Tensor, got list"),
+    "none": (None, "must be a Tensor, got NoneType"),
+    "sparse": (X.to_sparse(), r"must be a dense tensor, got one of layout torch.sparse_coo: call to_dense\(\)"),
+    "csr": (X.to_sparse_csr(), "must be a dense tensor, got one of layout torch.sparse_csr"),
+    "nested": (torch.nested.nested_tensor([X, X[:1]]), "must be a dense tensor, got a nested one"),
+    "jagged": (
+        torch.nested.nested_tensor([X, X[:1]], layout=torch.jagged),
+        r"must be a dense tensor, got a nested one: pass the values\(\)",
+    ),
+    "float8": (X.to(torch.float8_e4m3fn), "must be float32, bfloat16, float16 or float64, got torch.float8_e4m3fn"),
+    "complex": (X.to(torch.complex64), "must be a floating-point tensor, got torch.complex64"),
+    "quantized": (torch.quantize_per_tensor(X, 0.1, 0, torch.quint8), "must be a floating-point .*, got torch.quint8"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.filterwarnings("ignore")  # of torch: sparse and nested tensors are in beta
+def test_what_is_no_dense_float_tensor_is_named(kind: str) -> None:
+    strange, message = STRANGE[kind]
+    layer = make(shared_intermediate_size=16)
+    for module in (layer, layer.router, layer.shared_expert):
+        with pytest.raises(ValueError, match=f"^x {message}"):
+            module(strange)
+    ids, weights = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match=f"^x {message}"):
+        layer.experts(strange, ids, weights)
+    with pytest.raises(ValueError, match=r"^expert_ids must be"):
+        layer.experts(X, strange, weights)
+    with pytest.raises(ValueError, match=r"^expert_weights must (be|have)"):
+        layer.experts(X, ids, strange)
+    if strange is not None:
+        with pytest.raises(ValueError, match=r"^token_mask must be"):
+            layer(X, token_mask=strange)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -426,6 +527,18 @@ def test_defaults() -> None:
             lambda: DynamicMoE(4, 4, 4, router=TopPRouter(5, 4)),
             "router was built with hidden_size=5, but the layer has hidden_size=4",
         ),
+        (lambda: make(router=TopPRouter), r"router must be a module, got the class TopPRouter: pass .*TopPRouter\("),
+        (lambda: make(router=lambda x, mask: x), "router must be a torch.nn.Module that .*, got function"),
+        (
+            lambda: make(router=nn.Linear(24, 6)),
+            r"router must take \(x, token_mask\) .* got Linear with forward\(input",
+        ),
+        (lambda: make(router=Constant(X))(X), "router must return a dynamic_moe.Routing, got Tensor"),
+        (
+            lambda: make(router=Constant(TopKRouter(24, 8)(X)))(X),
+            "router must return a Routing over num_experts=6, got one over 8 experts",
+        ),
+        (lambda: make(torch.int32), "dtype must be float32, bfloat16, float16 or float64, got torch.int32"),
         (lambda: DynamicMoE(4, 4, 4, shared_intermediate_size=0), "shared_intermediate_size must be an integer"),
         (lambda: DynamicMoE(4, 4, 4, shared_gated=True), "shared_gated must be False where"),
         (lambda: make()(torch.zeros(3, 17)), "x has width 17, but the module was built with hidden_size=24"),

@@ -138,6 +138,8 @@ def test_minimizing_dynamic_sharpens_the_router() -> None:
         ),
         (lambda routing: losses.dynamic(routing, tokens="none"), "tokens must be one of 'mean', 'sum', got 'none'"),
         (lambda routing: losses.dynamic(routing, base=1), "base must be above 1, got 1"),
+        (lambda routing: losses.router_z(routing.probabilities), "routing must be a Routing .*, got one of Tensor"),
+        (lambda routing: losses.dynamic(None), "routing must be a Routing or a sequence of them, got NoneType"),
         (lambda routing: losses.router_z(routing, tokens=""), "tokens must be one of 'mean', 'sum', got ''"),
     ],
 )

@@ -3,6 +3,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from strategies import RaggedProblem, ragged_problems
@@ -150,3 +151,41 @@ def test_experts_and_slots_without_rows_have_a_gradient_of_exactly_zero(problem:
         "d_expert_weights": d_weights[~used],
     }.items():
         assert (rest == 0).all(), name
+
+
+# (gate, up) of each column: beyond 65504 on every side, while silu(gate) * up is not.
+BEYOND_FLOAT16 = [(1, 1), (1e5, 1e-3), (-1e5, 1), (-1e5, -1e5), (1e-3, -1e5), (-1e-3, 1e5), (66e3, 1e-2), (300, 100)]
+
+
+@pytest.mark.parametrize("static_rows", [False, True])
+def test_float16_gradients_of_a_pre_activation_beyond_its_range(static_rows: bool) -> None:
+    tokens, experts, hidden = 9, 3, 25
+
+    def near(value: Tensor) -> Tensor:
+        return value * (1 + 0.3 * (torch.rand(value.shape) - 0.5))
+
+    columns = torch.tensor(BEYOND_FLOAT16).T.reshape(1, -1, 1) / (8 * hidden)
+    leaves = [
+        near(torch.full((tokens, hidden), 8.0)).half(),
+        near(columns.expand(experts, -1, hidden)).half(),
+        (1e-2 * torch.randn(experts, hidden, len(BEYOND_FLOAT16))).half(),
+        4 * torch.rand(tokens, 2),  # times an activation of 30000: beyond 65504 too
+    ]
+    ids = torch.randint(experts + 1, (tokens, 2), dtype=torch.int32)  # some slots are unused
+    x, gate_up_proj, down_proj, weights = (leaf.requires_grad_() for leaf in leaves)
+    y = ops.expert_mlp(x, gate_up_proj, down_proj, ids, weights, static_rows=static_rows)
+    dy = (1e-2 * torch.randn(y.shape)).half()
+    gradients = torch.autograd.grad(y, (x, gate_up_proj, down_proj, weights), dy)
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = reference.expert_mlp(exact[0], exact[1], exact[2], ids, exact[3])
+    for name, got, wanted in zip(
+        ["y", "x", "gate_up_proj", "down_proj", "expert_weights"],
+        [y, *gradients],
+        [expected, *torch.autograd.grad(expected, exact, dy.double())],
+        strict=True,
+    ):
+        tolerance = 4 * 2**-11 * wanted.detach().abs().max().item()
+        torch.testing.assert_close(
+            got.double(), wanted, rtol=4 * 2**-11, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )

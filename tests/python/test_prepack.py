@@ -2,15 +2,21 @@
 """Inference on packed weights: results, when the packed copy is used, when it is dropped, and errors."""
 
 import copy
+import mmap
 import pickle
+import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from problems import make_problem
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
 from dynamic_moe import _C, DynamicMoE, SharedExpert, SwiGLUExperts, ops, reference
@@ -96,21 +102,16 @@ def test_layer_with_a_shared_expert(calls: Calls) -> None:
 # ---- when it is used ----------------------------------------------------------------------------------------------
 
 
-def test_a_gradient_comes_from_the_weights_themselves(calls: Calls) -> None:
-    experts = make_experts().prepack()
+def test_a_pass_that_needs_gradients_of_the_inputs_alone_uses_the_weights_and_keeps_the_copy(calls: Calls) -> None:
+    experts = make_experts().requires_grad_(False).prepack()
     x, ids, weights = routed(20)
-    y = experts(x, ids, weights)
-    assert (calls.packed, calls.plain) == (0, 1)
-    y.sum().backward()
-    assert experts.gate_up_proj.grad is not None
-    assert experts.gate_up_proj.grad.abs().sum() > 0
-    experts.requires_grad_(False)
     experts(x, ids, weights)
-    assert (calls.packed, calls.plain) == (1, 1)
+    assert (calls.packed, calls.plain) == (1, 0)
     leaf = x.requires_grad_()
     experts(leaf, ids, weights).sum().backward()
     assert leaf.grad is not None
-    assert (calls.packed, calls.plain) == (1, 2)
+    assert (calls.packed, calls.plain) == (1, 1)
+    assert experts.is_prepacked
 
 
 def test_autocast_uses_the_copy_where_it_has_that_dtype(calls: Calls) -> None:
@@ -126,8 +127,8 @@ def test_autocast_uses_the_copy_where_it_has_that_dtype(calls: Calls) -> None:
 
 
 def test_inference_mode(calls: Calls) -> None:
+    experts = make_experts().prepack()
     with torch.inference_mode():
-        experts = make_experts().prepack()
         experts(*routed(3))
     assert calls.packed == 1
 
@@ -140,10 +141,60 @@ def in_place(experts: SwiGLUExperts) -> None:
         experts.down_proj.mul_(2)
 
 
-def optimizer_step(experts: SwiGLUExperts) -> None:
-    for parameter in experts.parameters():
+def give_gradients(*parameters: Tensor) -> None:
+    for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
+
+
+def optimizer_step(experts: SwiGLUExperts) -> None:
+    give_gradients(*experts.parameters())
     torch.optim.SGD(experts.parameters(), lr=0.1).step()
+
+
+def fused_step(experts: SwiGLUExperts) -> None:
+    give_gradients(*experts.parameters())
+    versions = [parameter._version for parameter in experts.parameters()]
+    torch.optim.AdamW(experts.parameters(), lr=0.1, fused=True).step()
+    assert versions == [parameter._version for parameter in experts.parameters()]
+
+
+def fused_step_of_a_scaler(experts: SwiGLUExperts) -> None:
+    give_gradients(*experts.parameters())
+    optimizer = torch.optim.AdamW([experts.down_proj], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+
+
+def step_with_a_closure(experts: SwiGLUExperts) -> None:
+    optimizer = torch.optim.LBFGS(experts.parameters(), lr=0.1, max_iter=1)
+    with torch.enable_grad():
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = experts.down_proj.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def compiled_fused_step(experts: SwiGLUExperts) -> None:
+    give_gradients(*experts.parameters())
+    optimizer = torch.optim.SGD(experts.parameters(), lr=0.1, fused=True)
+    torch.compile(lambda: optimizer.step(), backend="aot_eager")()
+
+
+def averaged(experts: SwiGLUExperts) -> None:
+    torch._foreach_lerp_(list(experts.parameters()), list(make_experts().parameters()), 0.5)
+
+
+def set_from_a_vector(experts: SwiGLUExperts) -> None:
+    nn.utils.vector_to_parameters(torch.rand(E * 3 * I * H), experts.parameters())
+
+
+def swapped(experts: SwiGLUExperts) -> None:
+    torch.utils.swap_tensors(experts.down_proj, nn.Parameter(torch.rand_like(experts.down_proj)))
 
 
 def replaced(experts: SwiGLUExperts) -> None:
@@ -167,9 +218,25 @@ def reset(experts: SwiGLUExperts) -> None:
     experts.reset_parameters()
 
 
-@pytest.mark.parametrize(
-    "change", [in_place, optimizer_step, replaced, data_replaced_twice, loaded, loaded_by_assignment, reset]
-)
+CHANGES = [
+    in_place,
+    optimizer_step,
+    fused_step,
+    fused_step_of_a_scaler,
+    step_with_a_closure,
+    compiled_fused_step,
+    averaged,
+    set_from_a_vector,
+    swapped,
+    replaced,
+    data_replaced_twice,
+    loaded,
+    loaded_by_assignment,
+    reset,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_noticed(change: Callable[[SwiGLUExperts], None], calls: Calls) -> None:
     experts = make_experts().prepack()
     x, ids, weights = routed(20)
@@ -179,13 +246,83 @@ def test_changed_weights_are_noticed(change: Callable[[SwiGLUExperts], None], ca
             warnings.simplefilter("always")
             change(experts)
             after = experts(x, ids, weights)
-        assert [warning.category for warning in caught] == [UserWarning]
-        assert "call prepack() again" in str(caught[0].message)
+        ours = [warning for warning in caught if "call prepack() again" in str(warning.message)]
+        assert [warning.category for warning in ours] == [UserWarning]
         assert (calls.packed, calls.plain) == (1, 1)
         assert not experts.is_prepacked
         assert not torch.allclose(before, after)
         assert_close(experts.prepack()(x, ids, weights), after)
         assert calls.packed == 2
+
+
+def test_a_pass_that_needs_gradients_of_the_weights_ends_the_copy(calls: Calls) -> None:
+    experts = make_experts().prepack()
+    with pytest.warns(UserWarning, match=r"needed gradients in a pass .* under torch.no_grad\(\)"):
+        y = experts(*routed(20))
+    assert (calls.packed, calls.plain) == (0, 1)
+    assert not experts.is_prepacked
+    y.sum().backward()
+    assert experts.gate_up_proj.grad is not None
+    assert experts.gate_up_proj.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_that_leave_the_weights_alone_keep_the_copy() -> None:
+    experts, other, frozen = make_experts().prepack(), make_experts(), make_experts().requires_grad_(False).prepack()
+    give_gradients(*other.parameters())
+    torch.optim.AdamW([*other.parameters(), *frozen.parameters()], fused=True).step()
+    assert experts.is_prepacked
+    assert frozen.is_prepacked
+
+
+def test_a_step_drops_the_copies_of_all_that_share_the_weights() -> None:
+    experts, tied = make_experts(), make_experts()
+    tied.gate_up_proj = experts.gate_up_proj
+    flat = nn.Parameter(torch.rand(experts.down_proj.numel()))
+    experts.down_proj.data = flat.detach().view_as(experts.down_proj)
+    experts.prepack()
+    tied.prepack()
+    give_gradients(flat, experts.gate_up_proj)
+    with pytest.warns(UserWarning, match="updated by an optimizer"):
+        torch.optim.SGD([flat], fused=True).step()
+    assert not experts.is_prepacked
+    assert tied.is_prepacked
+    with pytest.warns(UserWarning, match="updated by an optimizer"):
+        torch.optim.SGD([experts.gate_up_proj], fused=True).step()
+    assert not tied.is_prepacked
+
+
+@pytest.mark.parametrize("share", [nn.Module.share_memory, lambda experts: experts.down_proj.share_memory_()])
+def test_weights_that_become_shared_are_noticed(share: Callable[[SwiGLUExperts], Any]) -> None:
+    experts = make_experts().prepack()
+    arguments = routed(3)
+
+    def share_and_run() -> None:
+        share(experts)
+        experts(*arguments)
+
+    with torch.no_grad(), pytest.warns(UserWarning, match="call prepack"):
+        share_and_run()
+    assert not experts.is_prepacked
+
+
+def test_functions_of_other_weights_get_those(calls: Calls) -> None:
+    experts, other = make_experts().prepack(), make_experts()
+    arguments, weights = routed(20), dict(other.named_parameters())
+    expected = other(*arguments)
+
+    def run(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(experts, weights, arguments)
+
+    gradients = torch.func.grad(lambda weights: run(weights).sum())(weights)
+    assert experts.is_prepacked
+    assert gradients["down_proj"].abs().sum() > 0
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        experts.prepack()
+        with torch.no_grad(), pytest.warns(UserWarning, match="were changed"):
+            y = function(weights)
+        assert_close(y, expected)
+    assert calls.packed == 0
 
 
 def test_conversion_drops_the_copy_and_a_move_to_where_it_is_does_not() -> None:
@@ -263,6 +400,34 @@ def test_a_compiled_layer_follows_when_other_weights_are_loaded() -> None:
 
 
 @pytest.mark.level_independent
+@pytest.mark.parametrize("change", [in_place, fused_step, data_replaced_twice, averaged])
+def test_a_compiled_layer_notices_changed_weights_and_training(change: Callable[[SwiGLUExperts], None]) -> None:
+    torch._dynamo.reset()
+    layer = DynamicMoE(H, I, E, init_std=0.3, shared_intermediate_size=20).eval().prepack()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    x = torch.randn(20, H)
+    graphs = []
+    for repetition in range(3):
+        warned = pytest.warns(UserWarning, match="call prepack") if repetition == 0 else nullcontext()
+        layer.prepack()
+        with torch.no_grad(), warned:
+            before = compiled(x)
+            change(layer.experts)
+            after = compiled(x)
+            assert not layer.experts.is_prepacked
+            assert not torch.allclose(before, after)
+            assert_close(after, layer(x))
+        layer.prepack()
+        with warned:
+            compiled(x).sum().backward()
+        assert not layer.experts.is_prepacked
+        assert layer.experts.down_proj.grad is not None
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[2]  # every state has been seen
+
+
+@pytest.mark.level_independent
 def test_exports() -> None:
     layer = DynamicMoE(H, I, E, init_std=0.3).eval().prepack()
     x = torch.randn(20, H)
@@ -289,7 +454,78 @@ def test_another_cpu_level_is_an_error() -> None:
             with torch.no_grad(), pytest.raises(ValueError, match=f"level {level}, but the level in use is {other}"):
                 experts(*routed(3))
     finally:
-        _C.set_cpu_isa(level)
+        _C.set_cpu_isa(None)
+
+
+def in_inference_mode() -> SwiGLUExperts:
+    with torch.inference_mode():
+        return make_experts()
+
+
+def computed(how: Callable[[SwiGLUExperts, str], Any]) -> SwiGLUExperts:
+    experts = make_experts()
+    how(experts, "down_proj")
+    return experts
+
+
+def marked(name: str) -> SwiGLUExperts:
+    """As FSDP 1 and DeepSpeed mark the parameters that they shard."""
+    experts = make_experts()
+    setattr(experts.gate_up_proj, name, True)
+    return experts
+
+
+def mapped(shared: bool) -> SwiGLUExperts:
+    """With weights from a file that is mapped into memory; ``is_shared`` says the opposite of ``shared`` of both."""
+    experts = make_experts()
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/weights"
+        if shared:
+            torch.save(experts.state_dict(), path)
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                experts.load_state_dict(torch.load(path, mmap=True), assign=True)
+        else:
+            experts.down_proj.detach().numpy().tofile(path)
+            values = torch.from_file(path, shared=False, size=experts.down_proj.numel())
+            experts.down_proj = nn.Parameter(values.view_as(experts.down_proj))
+    assert experts.down_proj.is_shared() != shared
+    return experts
+
+
+def sharded() -> SwiGLUExperts:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        return fully_shard(make_experts(), mesh=distributed.init_device_mesh("cpu", (1,)))
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (in_inference_mode, "gate_up_proj must be .* got an inference tensor"),
+        (lambda: make_experts().share_memory(), "gate_up_proj must be .* got memory that other processes"),
+        (lambda: mapped(shared=True), "gate_up_proj must be .* got memory that other processes"),
+        (lambda: make_experts().to("meta"), "gate_up_proj must be .* got a weight on the meta device.*accelerate"),
+        (sharded, "gate_up_proj must be .* got DTensor"),
+        (lambda: marked("_fsdp_flattened"), "gate_up_proj must be .* got a sharded weight"),
+        (lambda: marked("ds_id"), "gate_up_proj must be .* got a sharded weight"),
+        (lambda: computed(prune.identity), "down_proj must be a parameter of SwiGLUExperts"),
+        (
+            lambda: computed(lambda experts, name: parametrize.register_parametrization(experts, name, nn.Identity())),
+            "down_proj must be a parameter of .*SwiGLUExperts",
+        ),
+    ],
+)
+def test_weights_that_could_change_unseen_are_refused(make: Callable[[], SwiGLUExperts], match: str) -> None:
+    experts = make()
+    with pytest.raises(ValueError, match=match):
+        experts.prepack()
+    assert not experts.is_prepacked
+
+
+def test_weights_in_a_private_map_of_a_file_can_be_packed() -> None:
+    assert mapped(shared=False).prepack().is_prepacked
 
 
 def test_float64_is_an_error() -> None:

@@ -255,6 +255,9 @@ def test_routers_compile_into_one_graph(make: type[Router]) -> None:
         (lambda: TopPRouter(4, 4, temperature=0.0), "temperature must be finite and above 0, got 0.0"),
         (lambda: TopKRouter(4, 4, k=5), "k must be at most num_experts=4, got 5"),
         (lambda: TopKRouter(4, 4, k=0), "k must be an integer of at least 1, got 0"),
+        (lambda: TopKRouter(4, 4, temperature="1"), "temperature must be finite and above 0, got '1'"),
+        (lambda: TopPRouter(4, 4, temperature=torch.ones(())), r"temperature must be finite and above 0, got tensor"),
+        (lambda: TopKRouter(4, 4, dtype=torch.float8_e4m3fn), "dtype must be float32, .*, got torch.float8_e4m3fn"),
         (lambda: TopKRouter(4, 4, temperature=-1.0), "temperature must be finite and above 0, got -1.0"),
         (lambda: TopPRouter(0, 4), "hidden_size must be an integer of at least 1, got 0"),
         (lambda: TopPRouter(4, 2.0), "num_experts must be an integer of at least 1, got 2.0"),  # type: ignore[arg-type]

@@ -175,6 +175,11 @@ WEIGHTS = torch.ones(3, 2)
             r"logits_TE must be a floating-point \[T, E\] tensor, got torch.float32 \[3\]",
         ),
         ((torch.zeros(3, 4, dtype=torch.int32), IDS, WEIGHTS), {}, "logits_TE must be a floating-point"),
+        (([[0.0]], IDS, WEIGHTS), {}, "logits_TE must be a Tensor, got list"),
+        ((torch.zeros(3, 4), IDS.to_sparse(), WEIGHTS), {}, "expert_ids_TK must be a dense tensor"),
+        ((torch.zeros(3, 4), IDS, None), {}, "expert_weights_TK must be a Tensor, got NoneType"),
+        ((torch.zeros(3, 4), IDS, WEIGHTS), {"probabilities_TE": [1.0]}, "probabilities_TE must be a Tensor, got list"),
+        ((torch.zeros(3, 4), IDS, WEIGHTS), {"token_mask_T": [True]}, "token_mask_T must be a Tensor, got list"),
         ((torch.zeros(4, 4), IDS, WEIGHTS), {}, r"expert_ids_TK must be an int32 or int64 \[4, K\] tensor.*\[3, 2\]"),
         ((torch.zeros(3, 4), IDS.float(), WEIGHTS), {}, "expert_ids_TK must be an int32 or int64 .* got torch.float32"),
         (

@@ -13,6 +13,9 @@
 
 namespace dynamic_moe {
 
+template <>
+inline constexpr bool kNarrowRange<__half> = true;
+
 __device__ inline float widened(float x) { return x; }
 __device__ inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widened(__half x) { return __half2float(x); }

@@ -76,6 +76,10 @@ struct Avx512 {
   static Floats round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Floats scale_by_power_of_two(Floats a, Floats exponent) { return _mm512_scalef_ps(a, exponent); }
   static float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+  static bool any_infinite(Floats a) {
+    constexpr int kInfinity = 0x18;  // of either sign
+    return _mm512_fpclass_ps_mask(a, kInfinity) != 0;
+  }
 
   // The four sums side by side.
   static void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {

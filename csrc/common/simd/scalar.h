@@ -68,6 +68,7 @@ struct ScalarLane {
   static Floats round(Floats a) { return std::nearbyint(a); }
   static Floats scale_by_power_of_two(Floats a, Floats exponent) { return std::ldexp(a, static_cast<int>(exponent)); }
   static float sum(Floats a) { return a; }
+  static bool any_infinite(Floats a) { return __builtin_isinf(a) != 0; }
 
   static void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
     p[0] = a;

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <fstream>
 #include <set>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "common/cpu_features.h"
+#include "common/isa_choice.h"
 
 namespace dynamic_moe {
 namespace {
@@ -116,6 +118,88 @@ TEST(CpuFeatures, AgreeWithTheKernel) {
 }
 #endif
 
+int requests = 0;
+
+template <int kAnswer>
+int answer() {
+  ++requests;
+  return kAnswer;
+}
+
+// The choice on machines that are not at hand, where the operating system grants the tiles or refuses them.
+class IsaChoiceTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!isa_compiled(Isa::kAmx)) GTEST_SKIP() << "this build has no amx";
+    requests = 0;
+  }
+  static CpuFeatures features(const CpuidRegisters& registers) { return decode_cpu_features(registers); }
+};
+
+constexpr DType kWithoutTiles[] = {DType::kFloat32, DType::kFloat16, DType::kFloat64};
+
+TEST_F(IsaChoiceTest, AmxIsTheDefaultAndOnlyABFloat16ProductAsksForTheTiles) {
+  IsaChoice choice(features(kComplete), nullptr, answer<0>);
+  EXPECT_EQ(choice.current(), Isa::kAmx);
+  for (const DType dtype : kWithoutTiles) EXPECT_EQ(choice.for_dtype(dtype), Isa::kAmx);
+  EXPECT_EQ(requests, 0);
+  for (int call = 0; call < 3; ++call) EXPECT_EQ(choice.for_dtype(DType::kBFloat16), Isa::kAmx);
+  EXPECT_EQ(requests, 1);
+}
+
+TEST_F(IsaChoiceTest, WhereTilesAreRefusedBFloat16RunsAtTheNextBestLevelForGood) {
+  IsaChoice choice(features(kComplete), nullptr, answer<ENOSPC>);
+  for (int call = 0; call < 3; ++call) EXPECT_EQ(choice.for_dtype(DType::kBFloat16), Isa::kAvx512);
+  for (const DType dtype : kWithoutTiles) EXPECT_EQ(choice.for_dtype(dtype), Isa::kAmx);
+  EXPECT_EQ(choice.current(), Isa::kAmx);
+  EXPECT_EQ(requests, 1);
+}
+
+TEST_F(IsaChoiceTest, WhereAmxWasForcedARefusalIsAnErrorAtTheFirstBFloat16Product) {
+  IsaChoice by_variable(features(kComplete), "amx", answer<EPERM>),
+      by_call(features(kComplete), nullptr, answer<EPERM>);
+  by_call.force(Isa::kAmx);
+  EXPECT_EQ(requests, 0);
+  for (IsaChoice* choice : {&by_variable, &by_call}) {
+    for (const DType dtype : kWithoutTiles) EXPECT_EQ(choice->for_dtype(dtype), Isa::kAmx);
+    for (int call = 0; call < 2; ++call) {
+      EXPECT_THAT([&] { choice->for_dtype(DType::kBFloat16); },
+                  ThrowsMessage<std::runtime_error>(AllOf(HasSubstr("amx was forced"), HasSubstr("(errno 1): "),
+                                                          HasSubstr("seccomp"), HasSubstr("computed at avx512"))));
+    }
+  }
+  EXPECT_EQ(requests, 2);
+  by_call.reset();
+  EXPECT_EQ(by_call.for_dtype(DType::kBFloat16), Isa::kAvx512);
+  by_variable.reset();
+  EXPECT_THROW(by_variable.for_dtype(DType::kBFloat16), std::runtime_error);
+}
+
+TEST_F(IsaChoiceTest, OtherForcedLevelsComputeBFloat16ThemselvesAndNeverAsk) {
+  for (const Isa isa : kAllIsas) {
+    if (isa == Isa::kAmx) continue;
+    IsaChoice choice(features(kComplete), isa_name(isa), answer<0>);
+    EXPECT_EQ(choice.current(), isa);
+    EXPECT_EQ(choice.for_dtype(DType::kBFloat16), isa);
+  }
+  EXPECT_EQ(requests, 0);
+}
+
+// Whether AVX512_BF16 or float32 is faster depends on the processor: cpu_features.h.
+TEST_F(IsaChoiceTest, AProcessorWithoutUsableTilesGetsItsBestLevelAndNeverAsks) {
+  for (const int bit : {22, 24}) {
+    IsaChoice without_unit(features(without(&CpuidRegisters::leaf7_edx, bit)), nullptr, answer<0>);
+    EXPECT_EQ(without_unit.for_dtype(DType::kBFloat16), Isa::kAvx512Bf16);
+  }
+  IsaChoice not_saved(features(with_xcr0(0xe6)), nullptr, answer<0>);
+  EXPECT_EQ(not_saved.current(), Isa::kAvx512);
+  EXPECT_EQ(not_saved.for_dtype(DType::kBFloat16), Isa::kAvx512);
+  EXPECT_TRUE(not_saved.supports(Isa::kAvx512Bf16));
+  IsaChoice without_avx512(features(without(&CpuidRegisters::leaf7_ebx, 16)), nullptr, answer<0>);
+  EXPECT_EQ(without_avx512.for_dtype(DType::kBFloat16), Isa::kAvx2);
+  EXPECT_EQ(requests, 0);
+}
+
 TEST(Isa, NamesComeBackFromParsing) {
   for (const Isa isa : kAllIsas) EXPECT_EQ(parse_isa(isa_name(isa)), isa);
 }
@@ -145,7 +229,6 @@ TEST(Isa, SupportedIsWhatIsCompiledAndRunsHere) {
 }
 
 TEST(Isa, SetIsaTakesEverySupportedLevelAndNoOther) {
-  const Isa before = current_isa();
   for (const Isa isa : kAllIsas) {
     if (isa_supported(isa)) {
       set_isa(isa);
@@ -157,7 +240,7 @@ TEST(Isa, SetIsaTakesEverySupportedLevelAndNoOther) {
                             HasSubstr(std::string("got '") + isa_name(isa) + "'"))));
     }
   }
-  set_isa(before);
+  reset_isa();
 }
 
 // The variable is read once, so each value needs a process of its own: the death test's child. It runs this binary anew
@@ -183,10 +266,8 @@ class IsaVariable : public ::testing::Test {
   }
 };
 
-TEST_F(IsaVariable, UnsetOrEmptyGivesTheBestLevelButAmx) {
-  std::vector<Isa> levels = supported_isas();
-  std::erase(levels, Isa::kAmx);
-  const std::string best = isa_name(levels.back());
+TEST_F(IsaVariable, UnsetOrEmptyGivesTheDefaultOfThisMachine) {
+  const std::string best = isa_name(IsaChoice(detect_cpu_features(), nullptr, answer<0>).current());
   EXPECT_EXIT(exit_after(nullptr, best), ::testing::ExitedWithCode(0), "");
   EXPECT_EXIT(exit_after("", best), ::testing::ExitedWithCode(0), "");
 }

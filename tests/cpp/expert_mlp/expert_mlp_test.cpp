@@ -7,9 +7,13 @@
 
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <stdexcept>
 
+#include "common/isa.h"
 #include "common/parallel.h"
 #include "expert_pass.h"
+#include "support/refused_tiles.h"
 
 namespace dynamic_moe::testing {
 namespace {
@@ -369,6 +373,70 @@ TYPED_TEST(ExpertMlp, LargeGatesMatchFloat64) {
   EXPECT_TRUE(matches(gradients.d_weights, exact_gradients.d_weights));
 }
 
+// ---- the range of float16 -----------------------------------------------------------------------------------------
+
+const std::vector<Sizes> kBeyondRange = {
+    {kMixed, 17, 31},
+    {kMixed, 33, 49},
+    {kOneRow, 1, 7},
+    {kOneRow, 77, 160},
+    {kInPlace, 49, 33},
+    {kMixed, 1100, 33},
+    {{"groups of 40, 0 and 33 rows", {40, 0, 33}, 50}, 48, 64},
+};
+
+TEST(ExpertMlpFloat16Range, ForwardMatchesFloat64WhereThePreActivationLeavesIt) {
+  use_standard_threads(1);
+  for (const Sizes& sizes : kBeyondRange) {
+    SCOPED_TRACE(::testing::Message() << sizes);
+    const auto pass = beyond_range(sizes, 1);
+    const auto exact = pass.exact_forward();
+    const auto got = pass.forward();
+    EXPECT_TRUE(matches(got.pre_activation, exact.pre_activation));
+    EXPECT_TRUE(matches(got.y, exact.y));
+  }
+}
+
+TEST(ExpertMlpFloat16Range, BackwardMatchesFloat64WhereThePreActivationLeavesIt) {
+  uint64_t seed = 0;
+  for (const Sizes& sizes : kBeyondRange) {
+    SCOPED_TRACE(::testing::Message() << sizes);
+    use_standard_threads(1);
+    ++seed;
+    const auto pass = beyond_range(sizes, seed, kPlacements[seed % 3]);
+    const auto exact = pass.exact_backward();
+    const auto got = pass.backward();
+    EXPECT_TRUE(matches(got.dx, exact.dx));
+    EXPECT_TRUE(matches(got.d_gate_up, exact.d_gate_up));
+    EXPECT_TRUE(matches(got.d_down, exact.d_down));
+    EXPECT_TRUE(matches(got.d_weights, exact.d_weights));
+    use_standard_threads(3);
+    expect_same(pass, pass.forward(), got);
+  }
+}
+
+// The activation is 65517, which float16 stores as 65504. From g and u as they are stored it is 65536, which is
+// infinite.
+TEST(ExpertMlpFloat16Range, BackwardHasRoomForEveryActivationThatForwardHadRoomFor) {
+  ExpertPass<Float16> pass({kOneRow, 2, 1}, Random(1));
+  rewrite(pass.x, [](int64_t) { return stored<Float16>(1); });
+  rewrite(pass.gate_up, [](int64_t index) { return stored<Float16>(index % 2 == 0 ? 256 : -0.0375); });
+  rewrite(pass.down, [](int64_t) { return stored<Float16>(1e-2); });
+  rewrite(pass.dy, [](int64_t) { return stored<Float16>(1e-2); });
+  rewrite(pass.pre_activation, [](int64_t) { return stored<Float16>(256); });
+  EXPECT_TRUE(matches(pass.forward().y, pass.exact_forward().y));
+  EXPECT_TRUE(matches(pass.backward().d_down, pass.exact_backward().d_down));
+}
+
+TEST(ExpertMlpFloat16Range, WhatIsInfiniteInTheInputsStaysInfinite) {
+  ExpertPass<Float16> pass({kMixed, kH, kI}, Random(1));
+  const int64_t token = pass.ragged.token(0);
+  fill(pass.x, token * kH, kH, std::numeric_limits<double>::infinity());
+  pass.pre_activation = pass.forward().pre_activation;
+  const auto got = pass.backward();
+  for (int64_t k = 0; k < kH; ++k) EXPECT_FALSE(std::isfinite(value_of(got.dx[token * kH + k])));
+}
+
 // The matrices of the last expert lie behind 2^31 elements; the experts between it and the first have no row.
 TEST(ExpertMlpSizes, ExpertsBeyond31BitsOfElements) {
   use_standard_threads(1);
@@ -447,6 +515,51 @@ TEST(ExpertMlpByHand, OneTokenTwoExperts) {
   EXPECT_THAT(pre_activation, ::testing::ElementsAre(1, 2, 2, 3));
   EXPECT_FLOAT_EQ(y[0], 0.75f * a0 + 0.25f * 2 * a1);
   EXPECT_FLOAT_EQ(y[1], -0.75f * a0);
+}
+
+// Only products of bfloat16 flush subnormal numbers, at some levels (grouped_matmul_test.cpp). The weight of an expert
+// is a float32 factor at all of them: g = 32, u = 2^-125, a = 2^-120, all exact.
+TEST(ExpertMlpSubnormals, AreKeptByElementwiseSteps) {
+  use_standard_threads(1);
+  for (const int32_t rows : {1, 40}) {
+    std::vector<int32_t> index(static_cast<size_t>(rows));
+    std::iota(index.begin(), index.end(), 0);
+    const int32_t offsets[] = {0, rows};
+    const std::vector<float> weights(static_cast<size_t>(rows), 0x1p-10f);
+    const std::vector<BFloat16> x(static_cast<size_t>(rows), stored<BFloat16>(1));
+    const BFloat16 gate_up[] = {stored<BFloat16>(32), stored<BFloat16>(0x1p-125)}, down[] = {stored<BFloat16>(1)};
+    std::vector<BFloat16> y(static_cast<size_t>(rows));
+    expert_mlp_cpu({.groups = {offsets, index.data(), rows, rows, 1},
+                    .row_slot = index.data(),
+                    .expert_weights = weights.data(),
+                    .x = x.data(),
+                    .gate_up_proj = gate_up,
+                    .down_proj = down,
+                    .pre_activation = nullptr,
+                    .y = y.data(),
+                    .hidden_size = 1,
+                    .intermediate_size = 1,
+                    .dtype = DType::kBFloat16});
+    for (const BFloat16 value : y) EXPECT_EQ(value_of(value), 0x1p-130) << rows << " rows";
+  }
+}
+
+TEST(ExpertMlpWithoutTiles, RunsBFloat16AtTheNextBestLevel) {
+  if (!RefusedTiles::can_be_played()) GTEST_SKIP() << "needs AVX-512 and a build with amx";
+  use_standard_threads(1);
+  const ExpertPass<BFloat16> pass({kMixed, 33, 49}, Random(1));
+  set_isa(Isa::kAvx512);
+  const auto y = pass.forward().y, dx = pass.backward().dx;
+  reset_isa();
+  {
+    const RefusedTiles refused;
+    EXPECT_TRUE(same_bits(pass.forward().y, y));
+    EXPECT_TRUE(same_bits(pass.backward().dx, dx));
+    EXPECT_EQ(refused.requests, 1);
+  }
+  const RefusedTiles forced("amx");
+  EXPECT_THROW(pass.forward(), std::runtime_error);
+  EXPECT_THROW(pass.backward(), std::runtime_error);
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One random problem of the expert pass, how to run it, and what it should give. The oracle is one loop over rows in
 // float64. It carries along the errors that the contract allows: the pre-activation, the activation and their gradients
-// may be rounded to the storage type once, sums and elementwise functions are those of the accumulator.
+// may be rounded to the storage type once, sums and elementwise functions are those of the accumulator. What the
+// storage of the pre-activation has no room for is not rounded at all.
 #pragma once
 
 #include <ostream>
@@ -29,7 +30,7 @@ struct Number {
 
 // silu(g), silu'(g), how far the kernel's own may be off, and a bound of silu''.
 struct Silu {
-  double value, slope, error;
+  double value, slope, error, slope_error, most_curvature;
 
   Silu(double g, const Precision& precision) {
     const double s = 1 / (1 + std::exp(-g));
@@ -37,8 +38,10 @@ struct Silu {
     slope = s * (1 + g * (1 - s));
     // Relative to the sigmoid, which both have as a factor: near its zero the slope is a difference.
     error = (8 * precision.sum * s + precision.flush) * (1 + std::fabs(g));
+    // From 40 on the sigmoid is 1 to the last bit.
+    slope_error = g > 40 ? 8 * precision.sum : error;
+    most_curvature = std::fabs(g) > 40 ? 0 : 0.5;
   }
-  static constexpr double kMostCurvature = 0.5;
 };
 
 template <class T>
@@ -69,6 +72,20 @@ struct ExpertPass {
   }
 
   double scale(int64_t row) const { return weights[ragged.row_slot[row]]; }
+
+  // Element j of the row's pre-activation [2I], as a sum.
+  Sum projection(int64_t row, int64_t e, int64_t j) const {
+    Sum sum;
+    const int64_t token = ragged.token(row);
+    for (int64_t k = 0; k < h; ++k) sum.add(value_of(gate_up[(e * 2 * i + j) * h + k]), value_of(x[token * h + k]));
+    return sum;
+  }
+
+  // The same as the backward pass has it.
+  Number kept(int64_t row, int64_t e, int64_t j) const {
+    const double value = value_of(pre_activation[row * 2 * i + j]);
+    return std::isinf(value) ? summed(projection(row, e, j)) : Number{value, 0};
+  }
 
   struct Forward {
     Fenced<T> y, pre_activation;
@@ -139,11 +156,11 @@ struct ExpertPass {
       const int64_t token = ragged.token(row);
       terms[static_cast<size_t>(token)] += i;
       for (int64_t j = 0; j < 2 * i; ++j) {
-        Sum sum;
-        for (int64_t k = 0; k < h; ++k) sum.add(value_of(gate_up[(e * 2 * i + j) * h + k]), value_of(x[token * h + k]));
-        const double error = kPrecision.sum_error(h, sum.magnitude);
-        exact.pre_activation.set(row * 2 * i + j, sum.value, error + kPrecision.store_error(sum.value));
-        pre[static_cast<size_t>(j)] = {sum.value, error + kPrecision.store_error(sum.value)};
+        const Sum sum = projection(row, e, j);
+        Number& element = pre[static_cast<size_t>(j)] = summed(sum);
+        const double in_storage = value_of(stored<T>(sum.value));
+        if (!std::isinf(in_storage)) element.error += kPrecision.store_error(sum.value);
+        exact.pre_activation.set(row * 2 * i + j, std::isinf(in_storage) ? in_storage : sum.value, element.error);
       }
       for (int64_t j = 0; j < i; ++j) {
         const Number a = swiglu(pre[static_cast<size_t>(j)], pre[static_cast<size_t>(i + j)]);
@@ -167,6 +184,8 @@ struct ExpertPass {
     ExactBackward exact{{x.size(), h}, {gate_up.size(), h}, {down.size(), i}, {weights.size(), ragged.max_experts}};
     std::vector<Number> d_pre(static_cast<size_t>(2 * i));
     std::vector<int64_t> terms(static_cast<size_t>(ragged.num_tokens));
+    double largest_scale = 0;
+    ragged.for_each_row([&](int64_t row, int64_t) { largest_scale = std::max(largest_scale, std::fabs(scale(row))); });
     ragged.for_each_row([&](int64_t row, int64_t e) {
       const int64_t token = ragged.token(row);
       const double s = scale(row);
@@ -178,16 +197,17 @@ struct ExpertPass {
           d_scaled.add(value_of(dy[token * h + n]), value_of(down[(e * h + n) * i + j]));
         }
         const double error = kPrecision.sum_error(h, d_scaled.magnitude);
-        const double gate = value_of(pre_activation[row * 2 * i + j]);
-        const double up = value_of(pre_activation[row * 2 * i + i + j]);
-        const Silu silu(gate, kPrecision);
-        const double a = silu.value * up;
-        d_weight.add(a, d_scaled.value, std::fabs(up) * silu.error);
-        d_weight.variance += a * error * a * error;
+        const Number gate = kept(row, e, j), up = kept(row, e, i + j);
+        const Silu silu(gate.value, kPrecision);
+        const Number a = product(silu_of(gate), up);
+        d_weight.add(a.value, d_scaled.value, a.error);
+        d_weight.variance += a.value * error * a.value * error;
         const Number d_activation{s * d_scaled.value, std::fabs(s) * error};
-        d_pre[static_cast<size_t>(j)] = stored_product(d_activation, {up * silu.slope, std::fabs(up) * silu.error});
-        d_pre[static_cast<size_t>(i + j)] = stored_product(d_activation, {silu.value, silu.error});
-        const Number scaled = stored_product({s, 0}, {a, std::fabs(up) * silu.error});
+        const Number slope{silu.slope, silu.slope_error + silu.most_curvature * gate.error};
+        d_pre[static_cast<size_t>(j)] = stored_product(d_activation, product(slope, up));
+        d_pre[static_cast<size_t>(i + j)] = stored_product(d_activation, silu_of(gate));
+        Number scaled = stored_product({s, 0}, a);
+        scaled.error += 4 * largest_scale * kPrecision.smallest;  // float16 stores a part of it, so that it has room
         for (int64_t n = 0; n < h; ++n) {
           d_down[static_cast<size_t>((e * h + n) * i + j)].add(scaled.value, value_of(dy[token * h + n]), scaled.error);
         }
@@ -219,18 +239,20 @@ struct ExpertPass {
   }
 
  private:
-  // silu(g) u, stored.
-  static Number swiglu(Number gate, Number up) {
+  Number summed(const Sum& sum) const { return {sum.value, kPrecision.sum_error(h, sum.magnitude)}; }
+  static Number silu_of(Number gate) {
     const Silu silu(gate.value, kPrecision);
-    const double value = silu.value * up.value;
-    const double error = std::fabs(silu.slope * up.value) * gate.error +
-                         Silu::kMostCurvature * std::fabs(up.value) * gate.error * gate.error +
-                         std::fabs(silu.value) * up.error + std::fabs(silu.slope) * gate.error * up.error;
-    return {value, error + std::fabs(up.value) * silu.error + rounded(value)};
+    return {silu.value,
+            silu.error + std::fabs(silu.slope) * gate.error + silu.most_curvature * gate.error * gate.error};
   }
+  static Number product(Number a, Number b) {
+    return {a.value * b.value, std::fabs(a.value) * b.error + std::fabs(b.value) * a.error + a.error * b.error};
+  }
+  // silu(g) u, stored.
+  static Number swiglu(Number gate, Number up) { return stored_product(silu_of(gate), up); }
   static Number stored_product(Number a, Number b) {
-    const double value = a.value * b.value;
-    return {value, std::fabs(a.value) * b.error + std::fabs(b.value) * a.error + rounded(value)};
+    const Number whole = product(a, b);
+    return {whole.value, whole.error + rounded(whole.value)};
   }
   // Of a few steps in the accumulator, then stored.
   static double rounded(double value) { return 4 * kPrecision.sum * std::fabs(value) + kPrecision.store_error(value); }
@@ -239,5 +261,45 @@ struct ExpertPass {
               kPrecision.sum_error(terms, sum.magnitude) + sum.inherited_error() + kPrecision.store_error(sum.value));
   }
 };
+
+// buffer[index] = value(index)
+template <class T, class Value>
+void rewrite(Fenced<T>& buffer, const Value& value) {
+  buffer.thaw();
+  for (int64_t index = 0; index < buffer.size(); ++index) buffer[index] = value(index);
+  buffer.freeze();
+}
+
+// A problem in float16 whose pre-activation leaves the range of float16 on every side, by column, while the activation
+// stays within it; s a leaves it too. The products of a sum have one sign, so that the sums are where they should be.
+inline ExpertPass<Float16> beyond_range(const Sizes& sizes, uint64_t seed, Placement where = Placement::kEndAtFence) {
+  struct Column {
+    double gate, up;
+  };
+  static constexpr Column kColumns[] = {{1, 1},       {1e5, 1e-3},  {-1e5, 1},    {-1e5, -1e5}, {1e-3, -1e5},
+                                        {-1e-3, 1e5}, {66e3, 1e-2}, {0.1, -66e3}, {300, 100},   {-66e3, 66e3}};
+  constexpr double kX = 8;
+  ExpertPass<Float16> pass(sizes, Random(seed), where);
+  Random random(seed);
+  const auto near = [&](double value) { return stored<Float16>(value * (1 + random.value(0.1))); };
+  rewrite(pass.x, [&](int64_t) { return near(kX); });
+  rewrite(pass.gate_up, [&](int64_t index) {
+    const int64_t row = index / pass.h, e = row / (2 * pass.i);
+    const Column& wanted = kColumns[static_cast<size_t>(row % pass.i + e) % std::size(kColumns)];
+    const bool is_gate = row / pass.i % 2 == 0;
+    return near((is_gate ? wanted.gate : wanted.up) / (kX * static_cast<double>(pass.h)));
+  });
+  rewrite(pass.down, [&](int64_t index) { return stored<Float16>(1e-2 * value_of(pass.down[index])); });
+  rewrite(pass.dy, [&](int64_t index) { return stored<Float16>(3e-2 * value_of(pass.dy[index])); });
+  rewrite(pass.weights, [&](int64_t index) { return 2 * pass.weights[index]; });
+  pass.pre_activation.thaw();
+  pass.ragged.for_each_row([&](int64_t row, int64_t e) {
+    for (int64_t j = 0; j < 2 * pass.i; ++j) {
+      pass.pre_activation[row * 2 * pass.i + j] = stored<Float16>(pass.projection(row, e, j).value);
+    }
+  });
+  pass.pre_activation.freeze();
+  return pass;
+}
 
 }  // namespace dynamic_moe::testing

@@ -7,9 +7,11 @@
 #include <stdexcept>
 
 #include "common/isa.h"
+#include "common/isa_choice.h"
 #include "common/parallel.h"
 #include "expert_pass.h"
 #include "grouped_matmul/tile_plan.h"
+#include "support/refused_tiles.h"
 
 namespace dynamic_moe::testing {
 namespace {
@@ -88,12 +90,9 @@ class Prepack : public ::testing::Test {
  protected:
   void SetUp() override { use_standard_threads(1); }
   void TearDown() override {
-    set_isa(isa_);
+    reset_isa();
     use_standard_threads(1);
   }
-
- private:
-  Isa isa_ = current_isa();
 };
 using PackedTypes = ::testing::Types<float, BFloat16, Float16>;
 TYPED_TEST_SUITE(Prepack, PackedTypes, StorageNames);
@@ -111,8 +110,8 @@ TYPED_TEST(Prepack, MatchesFloat64) {
 
 // A sum's order is that of the inner dimension in both, unless rows are so few that the weights are read in place.
 TYPED_TEST(Prepack, ManyRowsGiveTheSameBitsAsWeightsThatAreNotPacked) {
-  const bool pairs = multiplies_pairs(current_isa(), Storage<TypeParam>::kDType);
-  ASSERT_LT(tile_plan(current_isa(), pairs).few_rows, 33);
+  const bool pairs = multiplies_pairs(isa_for(Storage<TypeParam>::kDType), Storage<TypeParam>::kDType);
+  ASSERT_LT(tile_plan(isa_for(Storage<TypeParam>::kDType), pairs).few_rows, 33);
   for (const auto& [h, i] : {std::pair<int64_t, int64_t>{77, 49}, {31, 1100}, {1100, 33}, {256, 96}}) {
     const ExpertPass<TypeParam> pass({kManyRows, h, i}, Random(1));
     EXPECT_TRUE(same_bits(run(pass, pack(pass)), pass.forward(false).y)) << h << " " << i;
@@ -164,7 +163,7 @@ TYPED_TEST(Prepack, ATokenWithoutARowIsExactlyZero) {
 // The buffer holds every weight once, padded to whole vectors and words only.
 TYPED_TEST(Prepack, TakesTheMemoryThatTheContractSays) {
   constexpr int64_t kHeader = 64, kH = 96, kI = 160, kExperts = 3;  // multiples of every level's vector
-  const bool pairs = multiplies_pairs(current_isa(), Storage<TypeParam>::kDType);
+  const bool pairs = multiplies_pairs(isa_for(Storage<TypeParam>::kDType), Storage<TypeParam>::kDType);
   EXPECT_EQ(packed_experts_bytes(kExperts, kH, kI, Storage<TypeParam>::kDType),
             kHeader + kExperts * 3 * kH * kI * (pairs ? 2 : 4));
 }
@@ -180,16 +179,40 @@ std::string error_of(const Call& call) {
 }
 
 TYPED_TEST(Prepack, AnotherLevelIsAnError) {
-  const Isa level = current_isa();
+  const Isa level = isa_for(Storage<TypeParam>::kDType);
   const ExpertPass<TypeParam> pass({kMixed, 33, 17}, Random(1));
   const Fenced<char> packed = pack(pass);
   for (const Isa other : supported_isas()) {
-    if (other == level) continue;
+    if (other == level || (other == Isa::kAmx && !isa_choice().tiles().ask())) continue;
     set_isa(other);
     EXPECT_THAT(error_of([&] { run(pass, packed); }),
                 ::testing::AllOf(::testing::HasSubstr(isa_name(level)), ::testing::HasSubstr(isa_name(other)),
                                  ::testing::HasSubstr("pack the weights again")));
   }
+}
+
+// What is packed after a refusal has the format of the level that reads it; what was packed at another level has not.
+TEST(PrepackWithoutTiles, PacksAndReadsAtTheNextBestLevel) {
+  if (!RefusedTiles::can_be_played()) GTEST_SKIP() << "needs AVX-512 and a build with amx";
+  use_standard_threads(1);
+  const ExpertPass<BFloat16> pass({kManyRows, 33, 17}, Random(1));
+  set_isa(Isa::kAvx512);
+  const Fenced<char> packed = pack(pass);
+  const auto y = run(pass, packed);
+  set_isa(Isa::kAvx2);
+  const Fenced<char> other = pack(pass);
+  reset_isa();
+  {
+    const RefusedTiles refused;
+    EXPECT_EQ(packed_bytes(pass), packed.size());
+    EXPECT_TRUE(same_bits(pack(pass).span(), packed.span()));
+    EXPECT_TRUE(same_bits(run(pass, packed), y));
+    EXPECT_THAT(error_of([&] { run(pass, other); }), ::testing::HasSubstr("but the level in use is avx512"));
+    EXPECT_EQ(refused.requests, 1);
+  }
+  const RefusedTiles forced("amx");
+  EXPECT_THROW(packed_bytes(pass), std::runtime_error);
+  EXPECT_THROW(run(pass, packed), std::runtime_error);
 }
 
 TYPED_TEST(Prepack, ABufferOfOtherSizesOrNoneIsAnError) {

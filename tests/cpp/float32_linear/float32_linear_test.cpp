@@ -19,7 +19,7 @@ template <class T>
 struct Linear {
   int64_t tokens, experts, hidden;
   Placement placement;
-  Fenced<T> x;                 // [T, H]
+  Fenced<T> x;                     // [T, H]
   Fenced<float> weight, d_logits;  // [E, H], [T, E]
 
   Linear(int64_t t, int64_t e, int64_t h, Random random, Placement where = Placement::kEndAtFence)
@@ -82,10 +82,10 @@ void expect_exact(const Linear<T>& p) {
   EXPECT_TRUE(matches(p.forward(), exact_sums(p.tokens, p.experts, p.hidden, kFloat32, [&](auto t, auto e, auto h) {
                         return Pair(value_of(p.x[t * p.hidden + h]), p.weight[e * p.hidden + h]);
                       })));
-  EXPECT_TRUE(matches(p.dx(), exact_sums(p.tokens, p.hidden, p.experts, Storage<T>::kPrecision,
-                                         [&](auto t, auto h, auto e) {
-                                           return Pair(p.d_logits[t * p.experts + e], p.weight[e * p.hidden + h]);
-                                         })));
+  EXPECT_TRUE(
+      matches(p.dx(), exact_sums(p.tokens, p.hidden, p.experts, Storage<T>::kPrecision, [&](auto t, auto h, auto e) {
+                return Pair(p.d_logits[t * p.experts + e], p.weight[e * p.hidden + h]);
+              })));
   EXPECT_TRUE(matches(p.dw(), exact_sums(p.experts, p.hidden, p.tokens, kFloat32, [&](auto e, auto h, auto t) {
                         return Pair(p.d_logits[t * p.experts + e], value_of(p.x[t * p.hidden + h]));
                       })));
@@ -124,8 +124,8 @@ TYPED_TEST(Float32Linear, GivesTheSameBitsWithAnyNumberOfThreadsAndATokenTheSame
     Fenced<float> alone(p.experts);
     float32_linear_cpu({p.x.data() + token * p.hidden, p.weight.data(), alone.data(), 1, p.experts, p.hidden,
                         Storage<TypeParam>::kDType});
-    EXPECT_TRUE(same_bits(alone.span(), logits.span().subspan(static_cast<size_t>(token * p.experts),
-                                                              static_cast<size_t>(p.experts))));
+    EXPECT_TRUE(same_bits(
+        alone.span(), logits.span().subspan(static_cast<size_t>(token * p.experts), static_cast<size_t>(p.experts))));
   }
 }
 

@@ -279,7 +279,6 @@ TYPED_TEST(Gating, IsTheSameOnAnyNumberOfThreads) {
 }
 
 TYPED_TEST(Gating, IsTheSameOnEveryCpuLevel) {
-  const Isa before = current_isa();
   for (const int32_t num_experts : kNumExperts) {
     for (const double deviation : {1.0, 8.0, 40.0}) {
       auto logits = random_logits<TypeParam>(77, num_experts, deviation, 9);
@@ -305,7 +304,7 @@ TYPED_TEST(Gating, IsTheSameOnEveryCpuLevel) {
       }
     }
   }
-  set_isa(before);
+  reset_isa();
 }
 
 // One spike over a flat bulk: the estimate of how many experts a token needs is far off.

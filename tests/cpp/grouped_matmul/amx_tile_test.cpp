@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The AMX tile with the processor's tile unit replaced by a plain one: what runs is the product's own code, all but the
-// eight instructions of AmxTiles.
+// instructions of AmxTiles, whose order among ordinary stores check_tile_loads.py sees in the compiled kernels.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -37,13 +37,13 @@ class PlainTiles {
     for (int r = 0; r < rows_; ++r) std::memcpy(c + r * pitch, sums_[kVector][r], 64);
   }
   void load_rows(const uint32_t* words) { std::memcpy(row_words_, words, static_cast<size_t>(rows_) * 64); }
-  template <int kVector>
-  void multiply_add(const uint32_t* panel, int64_t pitch) {
+  template <int kVector, int kPitch>
+  void multiply_add(const uint32_t* panel) {
     for (int r = 0; r < rows_; ++r) {
       for (int k = 0; k < 16; ++k) {
         for (int n = 0; n < 16; ++n) {
-          sums_[kVector][r][n] += low_half(row_words_[r][k]) * low_half(panel[k * pitch + n]);
-          sums_[kVector][r][n] += high_half(row_words_[r][k]) * high_half(panel[k * pitch + n]);
+          sums_[kVector][r][n] += low_half(row_words_[r][k]) * low_half(panel[k * kPitch + n]);
+          sums_[kVector][r][n] += high_half(row_words_[r][k]) * high_half(panel[k * kPitch + n]);
         }
       }
     }

@@ -6,9 +6,14 @@
 
 #include <cstring>
 #include <limits>
+#include <stdexcept>
+#include <utility>
 
+#include "common/isa.h"
 #include "common/parallel.h"
+#include "grouped_matmul/tile_plan.h"
 #include "products.h"
+#include "support/refused_tiles.h"
 
 namespace dynamic_moe::testing {
 namespace {
@@ -262,6 +267,59 @@ TYPED_TEST(GroupedMatmul, AFaultyElementOfDyReachesItsOwnRowOfDwOnly) {
   const int64_t row = 10, column = 32;  // in expert 3
   fill(problem.dy, row * 33 + column, 1, kFaults[0]);
   expect_changes_only(problem.dw(), dw, 49, [&](int64_t line) { return line == 3 * 33 + column; });
+}
+
+// ---- subnormal numbers --------------------------------------------------------------------------------------------
+
+void only_first(Fenced<BFloat16>& values, double first) {
+  values.thaw();
+  for (int64_t i = 0; i < values.size(); ++i) values[i] = stored<BFloat16>(i == 0 ? first : 0);
+}
+
+void expect_only_first(const Fenced<BFloat16>& values, double first) {
+  for (int64_t i = 0; i < values.size(); ++i) EXPECT_EQ(value_of(values[i]), i == 0 ? first : 0) << "element " << i;
+}
+
+// Instructions that multiply pairs of bfloat16 take subnormal inputs for zero and give zero for a subnormal sum, where
+// few rows read the weights in place (1) and where tiles do the work (40). Float32 arithmetic keeps both.
+TEST(GroupedMatmulSubnormals, AreKeptUnlessTheLevelMultipliesPairs) {
+  const bool kept = !multiplies_pairs(isa_for(DType::kBFloat16), DType::kBFloat16);
+  for (const int32_t rows : {1, 40}) {
+    Products<BFloat16> problem({{"rows in place", {rows}, 0, false}, 2, 2}, Random(1));
+    for (const auto& [a, b] : {std::pair{0x1p-130, 0x1p10}, {0x1p10, 0x1p-130}, {0x1p-70, 0x1p-60}}) {
+      SCOPED_TRACE(::testing::Message() << rows << " rows, " << a << " times " << b);
+      const double product = kept ? a * b : 0;
+      only_first(problem.x, a);
+      only_first(problem.weight, b);
+      only_first(problem.dy, a);
+      expect_only_first(problem.forward(), product);
+      expect_only_first(problem.dx(), product);
+      only_first(problem.dy, b);
+      expect_only_first(problem.dw(), product);
+    }
+  }
+}
+
+// ---- refused tiles ------------------------------------------------------------------------------------------------
+
+TEST(GroupedMatmulWithoutTiles, RunsBFloat16AtTheNextBestLevel) {
+  if (!RefusedTiles::can_be_played()) GTEST_SKIP() << "needs AVX-512 and a build with amx";
+  const Products<BFloat16> problem(kOddShape, Random(1));
+  set_isa(Isa::kAvx512);
+  const auto y = problem.forward(), dx = problem.dx(), dw = problem.dw();
+  reset_isa();
+  {
+    const RefusedTiles refused;
+    EXPECT_EQ(refused.requests, 0);
+    EXPECT_TRUE(same_bits(problem.forward(), y));
+    EXPECT_TRUE(same_bits(problem.dx(), dx));
+    EXPECT_TRUE(same_bits(problem.dw(), dw));
+    EXPECT_EQ(refused.requests, 1);
+  }
+  const RefusedTiles forced("amx");
+  EXPECT_THROW(problem.forward(), std::runtime_error);
+  EXPECT_THROW(problem.dx(), std::runtime_error);
+  EXPECT_THROW(problem.dw(), std::runtime_error);
 }
 
 // ---- more than 2^31 elements --------------------------------------------------------------------------------------

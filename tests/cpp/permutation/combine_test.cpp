@@ -205,7 +205,6 @@ TYPED_TEST(Combine, NoTokensAndNoElementsAreNoWork) {
 }
 
 TYPED_TEST(Combine, IsTheSameOnAnyNumberOfThreadsAndEveryCpuLevel) {
-  const Isa before = current_isa();
   const auto problem = random_problem<TypeParam>(700, 6, 333, 0.4, 5);
   set_isa(Isa::kScalar);
   const auto y = combine(problem, true);
@@ -221,7 +220,7 @@ TYPED_TEST(Combine, IsTheSameOnAnyNumberOfThreadsAndEveryCpuLevel) {
     }
   }
   use_standard_threads(1);
-  set_isa(before);
+  reset_isa();
 }
 
 // Results of 8 MiB and more are written around the cache.

@@ -75,7 +75,6 @@ TEST(Permute, NoTokensGiveNoRows) {
 
 // Enough slots that several blocks are counted and placed side by side.
 TEST(Permute, IsTheSameOnAnyNumberOfThreadsAndEveryCpuLevel) {
-  const Isa before = current_isa();
   for (const int32_t max_experts : {2, 5, 16}) {
     const auto ids = random_ids(20000 * max_experts, 24, 0.4, 2);
     const Permuted expected = stable_permutation(ids, max_experts, 24);
@@ -88,7 +87,7 @@ TEST(Permute, IsTheSameOnAnyNumberOfThreadsAndEveryCpuLevel) {
     }
     use_standard_threads(1);
   }
-  set_isa(before);
+  reset_isa();
 }
 
 TEST(Permute, OneExpertMayTakeEverything) {

@@ -99,7 +99,7 @@ struct DevicePass {
     host.ragged.for_each_row([&](int64_t row, int64_t e) {
       std::vector<double> activation(static_cast<size_t>(host.i));
       for (int64_t j = 0; j < host.i; ++j) {
-        const double gate = pre(exact, row, j), up = pre(exact, row, host.i + j);
+        const double gate = host.projection(row, e, j).value, up = host.projection(row, e, host.i + j).value;
         activation[static_cast<size_t>(j)] = gate / (1 + std::exp(-gate)) * up;
       }
       for (int64_t n = 0; n < host.h; ++n) {
@@ -122,8 +122,7 @@ struct DevicePass {
           d_scaled += value_of(host.dy[host.ragged.token(row) * host.h + n]) *
                       value_of(host.down[(e * host.h + n) * host.i + j]);
         }
-        const double gate = value_of(host.pre_activation[row * 2 * host.i + j]);
-        const double up = value_of(host.pre_activation[row * 2 * host.i + host.i + j]);
+        const double gate = host.kept(row, e, j).value, up = host.kept(row, e, host.i + j).value;
         const double s = 1 / (1 + std::exp(-gate)), d_activation = host.scale(row) * d_scaled;
         const double d_gate = d_activation * up * s * (1 + gate * (1 - s)), d_up = d_activation * gate * s;
         for (int64_t n = 0; n < host.h; ++n) {
@@ -140,9 +139,6 @@ struct DevicePass {
   }
 
  private:
-  double pre(const typename ExpertPass<T>::ExactForward& exact, int64_t row, int64_t column) const {
-    return exact.pre_activation.value[static_cast<size_t>(row * 2 * host.i + column)];
-  }
   static void allow(Exact& exact, int64_t index, double part) {
     exact.bound[static_cast<size_t>(index)] += Storage<T>::kPrecision.store_error(part);
   }

@@ -76,6 +76,27 @@ TYPED_TEST(CudaExpertMlp, GradientsMatchFloat64) {
   });
 }
 
+using CudaExpertMlpFloat16 = CudaExpertMlp<Float16>;
+TEST_F(CudaExpertMlpFloat16, PassesMatchFloat64WhereThePreActivationLeavesTheRange) {
+  uint64_t seed = 0;
+  for (const Sizes& sizes :
+       {Sizes{kFew, 72, 136}, {kOneRow, 40, 1040}, {kSome, 72, 136}, {kMany, 24, 72}, {kFew, 13, 7}, {kSome, 33, 67}}) {
+    SCOPED_TRACE(::testing::Message() << sizes);
+    const auto host = beyond_range(sizes, ++seed);
+    const DevicePass<Float16> problem(host);
+    const auto forward = problem.forward();
+    const auto exact_forward = problem.exact_forward();
+    expect(forward.y, exact_forward.y, "y");
+    expect(forward.pre_activation, exact_forward.pre_activation, "pre_activation");
+    const auto got = problem.backward();
+    const auto exact = problem.exact_backward();
+    expect(got.dx, exact.dx, "dx");
+    expect(got.d_gate_up, exact.d_gate_up, "d_gate_up");
+    expect(got.d_down, exact.d_down, "d_down");
+    expect(got.d_weights, exact.d_weights, "d_weights");
+  }
+}
+
 TYPED_TEST(CudaExpertMlp, AGradientIsTheSameWhateverElseIsAskedFor) {
   const ExpertPass<TypeParam> host({kSome, 72, 136}, Random(4));
   const DevicePass<TypeParam> problem(host);

@@ -13,7 +13,7 @@ using LogitTypes = ::testing::Types<float, BFloat16, Float16>;
 TYPED_TEST_SUITE(CudaGatingBackward, LogitTypes);
 
 TYPED_TEST(CudaGatingBackward, MatchesTheFormulaForAnyNumberOfExperts) {
-  for (const int32_t num_experts : {1, 2, 3, 8, 16, 31, 33, 64, 100, 128, 256, 1000, 1024}) {
+  for (const int32_t num_experts : numbers_of_experts()) {
     for (const bool renormalize : {false, true}) {
       const Rule rule{.top_p = 0.6, .renormalize = renormalize, .temperature = renormalize ? 2.5 : 1.0};
       const auto g =

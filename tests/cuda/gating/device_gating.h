@@ -6,8 +6,22 @@
 
 #include "cuda/support/device_buffer.h"
 #include "gating/gating_oracle.h"
+#include "gating/gating_policy.h"
 
 namespace dynamic_moe::testing {
+
+// The fewest and the most experts of every instantiation, the first where rows are no whole vectors and the second
+// where they are, and some between.
+inline std::vector<int32_t> numbers_of_experts() {
+  std::vector<int32_t> numbers = {2, 3, 31, 100, 1000};
+  int32_t fewest = 1;
+  for (const GatingPolicy policy : kGatingPolicies) {
+    const int32_t most = policy.lanes * policy.experts_per_lane;
+    numbers.insert(numbers.end(), {fewest, most});
+    fewest = most + 1;
+  }
+  return numbers;
+}
 
 // The buffers of one call of gating_cuda. `offset`: elements that each lies behind an aligned address.
 template <class Logit>

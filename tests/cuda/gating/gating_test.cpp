@@ -21,7 +21,7 @@ using ::testing::ThrowsMessage;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-const std::vector<int32_t> kNumExperts = {1, 2, 3, 8, 16, 31, 33, 64, 100, 128, 256, 1000, 1024};
+const std::vector<int32_t> kNumExperts = numbers_of_experts();
 
 // Fewer tokens where they are long: the harness runs one thread at a time.
 int64_t tokens_for(int32_t num_experts) { return num_experts > 256 ? 5 : 21; }
