@@ -211,7 +211,7 @@ def _p_tensor(router: Any) -> Tensor:
     # Models are built on the meta device, and the weights follow; then p is on the CPU, from where graphs read it too.
     device = "cpu" if router.weight.is_meta else router.weight.device
     with torch.inference_mode(False):  # else it could not be changed outside of it
-        return torch.empty((), dtype=torch.float64, device=device)
+        return torch.empty(1, dtype=torch.float64, device=device)  # no scalar, as in TopPRouter
 
 
 def _set_own(router: TopPRouter, state: _Setting | None) -> None:

@@ -27,7 +27,9 @@ class ActivationDtypeTopPRouter(TopPRouter):
         weights_TE, ids_TE = probabilities_TE.sort(dim=-1, descending=True, stable=True)
         mass_TE = weights_TE.cumsum(-1)
         p = self._p_tensor.to(mass_TE.device) if torch.compiler.is_compiling() else self.p  # see TopPRouter.select
-        reached_TE = mass_TE > p if self.threshold_rule == "released" else mass_TE >= p
+        # PyTorch rounds a number that it compares with to the dtype of the tensor.
+        threshold = p.to(mass_TE.dtype) if isinstance(p, Tensor) else p
+        reached_TE = mass_TE > threshold if self.threshold_rule == "released" else mass_TE >= threshold
         reached_TE = reached_TE & (p != 1.0)  # the sum of all is 1 but for rounding
         # An expert is selected unless the mass before it has reached p.
         unused_TE = functional.pad(reached_TE[:, :-1], (1, 0), value=False)

@@ -81,6 +81,8 @@ def test_the_router_in_the_activations_dtype_selects_what_the_release_selects(dt
     router = ActivationDtypeTopPRouter(16, 16, 0.4, threshold_rule=rule)
     logits = torch.randn(2000, 16).to(dtype)
     routing = router.select(logits)
+    compiled = torch.compile(router.select, backend="eager", fullgraph=True)(logits)
+    assert torch.equal(compiled.expert_ids, routing.expert_ids)
     expected = released.select(logits.softmax(-1), 0.4)
     actual = torch.zeros(2000, 17, dtype=torch.bool).scatter(1, routing.expert_ids.long(), True)[:, :16]
     differ = (actual != expected).any(-1)
