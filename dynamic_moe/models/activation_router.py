@@ -19,6 +19,8 @@ class ActivationDtypeTopPRouter(TopPRouter):
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """``[T, E]`` scores in the dtype of the input."""
+        if x_TH.dtype in (torch.float32, torch.float64):
+            return super().logits(x_TH)  # torch's own product may round float32, if it is told to
         return functional.linear(x_TH, self.weight.to(x_TH.dtype))
 
     def select(self, logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Routing:
