@@ -57,7 +57,8 @@ class TopPRouter(Router):
         super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
         # On the CPU whatever the default device is, also where modules are built on the meta device: p is no weight.
         # Not a scalar: torch.compile takes a float64 scalar on the CPU for a number of Python, and traces all twice.
-        self._p_tensor = torch.empty(1, dtype=torch.float64, device="cpu")
+        with torch.inference_mode(False):  # an inference tensor could not be filled outside of that mode
+            self._p_tensor = torch.empty(1, dtype=torch.float64, device="cpu")
         self._p: float
         self.p = p
         if max_experts is not None:
