@@ -64,6 +64,25 @@ TYPED_TEST(CudaGating, FollowsTheRuleForAnyThresholdAndCap) {
   }
 }
 
+TYPED_TEST(CudaGating, ReadsAThresholdInDeviceMemoryThere) {
+  for (const int32_t num_experts : {3, 64}) {
+    const auto logits = random_logits<TypeParam>(11, num_experts, 1.0, 2);
+    for (const double top_p : {1e-6, 0.4, 0.999, 1.0}) {
+      for (const ThresholdRule threshold : {ThresholdRule::kPaper, ThresholdRule::kReleased}) {
+        SCOPED_TRACE(::testing::Message() << "E " << num_experts << " p " << top_p);
+        const auto expected = gate_on_device(logits, num_experts, {.top_p = top_p, .threshold = threshold});
+        DeviceBuffer<double> on_device(std::vector<double>{top_p});
+        DeviceGating<TypeParam> device(logits, num_experts, {.top_p = 1.0, .threshold = threshold});
+        device.params.device_top_p = on_device.data();
+        device.run();
+        const auto g = device.result();
+        EXPECT_EQ(g.expert_ids, expected.expert_ids);
+        EXPECT_EQ(g.expert_weights, expected.expert_weights);
+      }
+    }
+  }
+}
+
 TYPED_TEST(CudaGating, TakesTheBestKWhateverK) {
   for (const int32_t num_experts : kNumExperts) {
     const auto logits = random_logits<TypeParam>(tokens_for(num_experts), num_experts, 2.0, 3);
