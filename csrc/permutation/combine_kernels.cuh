@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kCombineThreads) combine_backward_kernel(const
       const int64_t offset = slots.row_of(source) * p.hidden_size;
       const float weight = slots.weight_of(source);
       float dot = 0.0f;
-#pragma unroll 4
+      // Four vectors of 8 elements from both operands leave ptxas no register to spare on compute capability 11.0.
+#pragma unroll(kCount == 8 && !kRows ? 2 : 4)
       for (int64_t h = lane * kCount; h < p.hidden_size; h += 32 * kCount) {
         float d[kCount];
         Vector::load(dy + h).unpack(d);
