@@ -57,7 +57,8 @@ format: ## let ruff and clang-format rewrite the sources
 
 wheel: ## wheel and source distribution, into dist/
 	@$(NEEDS) build package
-	$(VENV) -m build --no-isolation --outdir dist
+	rm -rf build/lib.*
+	$(VENV) -m build --no-isolation --sdist --wheel --outdir dist
 
 clean: ## remove everything that was built, installed or measured
 	rm -rf .venv build dist runs *.egg-info dynamic_moe/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

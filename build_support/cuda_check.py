@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every CUDA kernel as a default build does, looks into the machine code, and fails on what costs speed.
+"""Makes a default build, looks into the machine code of every CUDA kernel, and fails on what costs speed.
 
 Needs nvcc and no GPU: ``make cuda-check``. Fails on
 
@@ -30,10 +30,11 @@ from pathlib import Path
 
 import occupancy
 import sass
-from compile_flags import CSRC, ROOT, compiler, cuda_flags
-from cuda_toolkit import TORCH_DEFINES, code_flags, cuda_architectures, cuda_toolkit, nvcc_version
+from compile_flags import CSRC, ROOT, compiler
+from cuda_toolkit import cuda_architectures, cuda_toolkit, nvcc_version
 from device_code import DEVICES, Target, code_of, targets, without_code
 from kernel_report import write_report
+from native import build_temp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -107,7 +108,7 @@ def main() -> int:
         sys.exit("cuda-check needs a CUDA toolkit: set CUDA_HOME to its folder")
     console = Console()
     architectures = ";".join(options.arch or []) or cuda_architectures(toolkit)
-    objects = compile_all(toolkit, architectures, options.jobs, console)
+    objects = examine_all(build_all(architectures), options.jobs, console)
     kernels = [kernel for each in objects for kernel in each.kernels]
     kernels.sort(key=lambda kernel: (kernel.name, int(kernel.arch.strip("sm_af"))))
     failed = [kernel for kernel in kernels if kernel.findings]
@@ -132,18 +133,20 @@ def main() -> int:
     return 1 if failed or lacking or not kernels else 0
 
 
-def compile_all(toolkit: Path, architectures: str, jobs: int, console: Console) -> list[Object]:
-    """Compile and examine every CUDA file; those of host code only are left out."""
-    sources = sorted(CSRC.rglob("*.cu"))
+def build_all(architectures: str) -> list[Path]:
+    """Build the extension where `make wheel` builds it, which then finds the work done; return the CUDA objects."""
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": architectures, "DYNAMIC_MOE_CUDA": "1"}
+    subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=ROOT, env=environment, check=True)
+    return [(build_temp() / source.relative_to(ROOT)).with_suffix(".o") for source in sorted(CSRC.rglob("*.cu"))]
+
+
+def examine_all(built: list[Path], jobs: int, console: Console) -> list[Object]:
+    """Look into every CUDA object; those of host code only are left out."""
     objects = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(jobs) as pool,
-        Progress(*columns, console=console) as progress,
-    ):
-        task = progress.add_task("Compiling and reading", total=len(sources))
-        waiting = {pool.submit(examine, toolkit, source, architectures, Path(folder)): source for source in sources}
+    with ThreadPoolExecutor(jobs) as pool, Progress(*columns, console=console) as progress:
+        task = progress.add_task("Reading", total=len(built))
+        waiting = {pool.submit(examine, path): path for path in built}
         for job in as_completed(waiting):
             if job.result().kernels:
                 objects.append(job.result())
@@ -160,18 +163,16 @@ def code_by_device(objects: list[Object]) -> dict[str, str | None]:
     return runs
 
 
-def examine(toolkit: Path, source: Path, architectures: str, folder: Path) -> Object:
-    """Compile a file for all architectures at once and look at the kernels of each."""
-    built = folder / f"{source.stem}.o"
-    command = [toolkit / "bin" / "nvcc", *cuda_flags(), *TORCH_DEFINES, f"-I{CSRC}", *code_flags(architectures)]
-    run([*command, "-c", source, "-o", built])
+def examine(built: Path) -> Object:
+    """Look at the kernels of an object, on each architecture."""
     cubins = run([tool("cuobjdump"), "--list-elf", built])
     ptx = run([tool("cuobjdump"), "--list-ptx", built])
-    run([tool("cuobjdump"), "--extract-elf", "all", built], folder=folder)
     kernels = []
-    for name, arch in re.findall(r": +(\S+\.(sm_\w+)\.cubin)$", cubins, re.MULTILINE):
-        kernels += examine_cubin(folder / name, arch)
-    return Object(source, kernels, targets(cubins), targets(ptx))
+    with tempfile.TemporaryDirectory() as folder:
+        run([tool("cuobjdump"), "--extract-elf", "all", built], folder=Path(folder))
+        for name, arch in re.findall(r": +(\S+\.(sm_\w+)\.cubin)$", cubins, re.MULTILINE):
+            kernels += examine_cubin(Path(folder) / name, arch)
+    return Object(built.with_suffix(".cu"), kernels, targets(cubins), targets(ptx))
 
 
 def examine_cubin(cubin: Path, arch: str) -> list[Compiled]:

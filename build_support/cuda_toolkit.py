@@ -15,15 +15,6 @@ PLACES = ("/usr/local/cuda",)  # where it is looked for beside CUDA_HOME, CUDA_P
 # instruction of the kernels needs the "a" targets, whose code runs on one capability alone.
 CAPABILITIES = ("8.0", "9.0", "10.0", "11.0", "12.0")
 
-# torch.utils.cpp_extension adds these, which take conversions and operators of the 16-bit types away: other builds of
-# the kernels add them too, so that all see one language.
-TORCH_DEFINES = (
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-)
-
 
 def cuda_toolkit() -> Path | None:
     """Return the CUDA toolkit to build with, or None for a CPU build.
@@ -68,16 +59,6 @@ def architecture_list(known: set[str]) -> str:
     if not names:
         raise RuntimeError(f"nvcc must know one of the compute capabilities {', '.join(CAPABILITIES)}, got {known}")
     return ";".join(names)
-
-
-def code_flags(architectures: str) -> list[str]:
-    """Return nvcc's flags for a list as `architecture_list` makes it."""
-    flags = []
-    for name in architectures.split(";"):
-        number = name.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
-        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
-    return flags
 
 
 def nvcc_version(toolkit: Path) -> str:

@@ -69,8 +69,7 @@ class BuildNative(cpp_extension.BuildExtension):
         """Keep the objects of editable builds, so that the next one compiles only what changed."""
         super().finalize_options()
         if self.editable_mode:
-            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-            self.build_temp = str(ROOT / "build" / f"temp.{tag}")
+            self.build_temp = str(build_temp())
 
     def build_extensions(self) -> None:
         """Compile the levels, all files at once, then everything else."""
@@ -78,6 +77,11 @@ class BuildNative(cpp_extension.BuildExtension):
         for ext in self.extensions:
             ext.extra_objects = [*ext.extra_objects, *map(str, objects)]
         super().build_extensions()
+
+
+def build_temp() -> Path:
+    """Return where builds in the source tree keep their objects, as setuptools names it by default."""
+    return ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 
 def compile_levels(folder: Path) -> list[Path]:
