@@ -38,7 +38,7 @@ struct GatingParams {
   int32_t num_experts;         // E >= 1
   int32_t max_experts;         // K, 1 <= K <= E; for top-k: k
   bool is_top_p;
-  double top_p;                // (0, 1]; p >= 1 keeps all K
+  double top_p;                          // (0, 1]; p >= 1 keeps all K
   const double* device_top_p = nullptr;  // CUDA: null, or [1] in device memory, read there in the place of top_p
   ThresholdRule rule;
   bool renormalize;
