@@ -211,7 +211,7 @@ def differentiable(
         # The Function raises where a tensor carries a forward-mode tangent; the kernel would drop it.
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*args)
 
     return call
@@ -253,7 +253,7 @@ def _eager_function(op: OpOverload, setup_context: Callable[..., None], backward
     """Make the autograd.Function of eager mode, in the form that costs least to call."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             output = op(*args)
         setup_context(ctx, args, output)
         return output
