@@ -58,8 +58,8 @@ def refuse_tangents(op: OpOverload) -> None:
 
     torch lets an operator of a library without a forward-mode formula drop tangents: the derivative is silently zero.
     The check sits at a dispatch key that torch passes between autograd and the kernel, so it sees every call from
-    Python, from an exported program and under ``torch.func.jvp``. Eager calls of the public functions look for a tangent
-    themselves and pass it by, as it costs as much as a small gating (12 us).
+    Python, from an exported program and under ``torch.func.jvp``. It takes as long as a small gating (12 us), so eager
+    calls of the public functions look for a tangent themselves and pass it by.
     """
 
     def check(keyset: Any, *args: Any, **kwargs: Any) -> Any:
