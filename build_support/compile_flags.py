@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which flags compile which source file; for C++ by the table ``csrc/common/isa_flags.txt``, which CMake reads too."""
+"""Which flags compile which source file; for C++ by the table ``csrc/common/isa_flags.txt``, which CMake reads too.
+
+And where the objects lie.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import platform
 import re
 import shlex
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,3 +65,11 @@ def cuda_flags() -> list[str]:
     """Return nvcc's flags for every CUDA file. Device code stays within C++17; ptxas says what each kernel takes."""
     host = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}=dynamic_moe"]
     return ["-O3", "-std=c++17", "-DNDEBUG", "-Xptxas=-v", *(f"-Xcompiler={flag}" for flag in host)]
+
+
+def build_temp() -> Path:
+    """Return where builds in the source tree keep their objects, as setuptools names it by default.
+
+    Those of the CPU levels lie in its folder ``levels``, in the folders of their sources.
+    """
+    return ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"

@@ -30,11 +30,10 @@ from pathlib import Path
 
 import occupancy
 import sass
-from compile_flags import CSRC, ROOT, compiler
+from compile_flags import CSRC, ROOT, build_temp, compiler
 from cuda_toolkit import cuda_architectures, cuda_toolkit, nvcc_version
 from device_code import DEVICES, Target, code_of, targets, without_code
 from kernel_report import write_report
-from native import build_temp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -101,14 +100,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", help="such as 8.0 or 12.0+PTX; default: those of a default build")
     parser.add_argument("--report", type=Path, help="default: docs/kernels.md if --arch is not given")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at once")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers, then readers, at once")
     options = parser.parse_args()
     toolkit = cuda_toolkit()
     if toolkit is None:
         sys.exit("cuda-check needs a CUDA toolkit: set CUDA_HOME to its folder")
     console = Console()
     architectures = ";".join(options.arch or []) or cuda_architectures(toolkit)
-    objects = examine_all(build_all(architectures), options.jobs, console)
+    objects = examine_all(build_all(architectures, options.jobs), options.jobs, console)
     kernels = [kernel for each in objects for kernel in each.kernels]
     kernels.sort(key=lambda kernel: (kernel.name, int(kernel.arch.strip("sm_af"))))
     failed = [kernel for kernel in kernels if kernel.findings]
@@ -133,9 +132,13 @@ def main() -> int:
     return 1 if failed or lacking or not kernels else 0
 
 
-def build_all(architectures: str) -> list[Path]:
-    """Build the extension where `make wheel` builds it, which then finds the work done; return the CUDA objects."""
-    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": architectures, "DYNAMIC_MOE_CUDA": "1"}
+def build_all(architectures: str, jobs: int) -> list[Path]:
+    """Build the extension where ``make wheel`` builds it, which then finds the work done; return the CUDA objects."""
+    environment = os.environ | {
+        "TORCH_CUDA_ARCH_LIST": architectures,
+        "DYNAMIC_MOE_CUDA": "1",
+        "MAX_JOBS": str(jobs),
+    }
     subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=ROOT, env=environment, check=True)
     return [(build_temp() / source.relative_to(ROOT)).with_suffix(".o") for source in sorted(CSRC.rglob("*.cu"))]
 

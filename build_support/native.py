@@ -17,14 +17,23 @@ import re
 import shlex
 import subprocess
 import sys
-import sysconfig
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import ninja
 import pybind11
-from compile_flags import CSRC, ROOT, base_flags, compiled_levels, compiler, cuda_flags, flag_table, level_of
+from compile_flags import (
+    CSRC,
+    ROOT,
+    base_flags,
+    build_temp,
+    compiled_levels,
+    compiler,
+    cuda_flags,
+    flag_table,
+    level_of,
+)
 from cuda_toolkit import cuda_architectures, cuda_toolkit, nvcc_version
 from setuptools import Extension
 from torch.utils import cpp_extension
@@ -77,11 +86,6 @@ class BuildNative(cpp_extension.BuildExtension):
         for ext in self.extensions:
             ext.extra_objects = [*ext.extra_objects, *map(str, objects)]
         super().build_extensions()
-
-
-def build_temp() -> Path:
-    """Return where builds in the source tree keep their objects, as setuptools names it by default."""
-    return ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 
 def compile_levels(folder: Path) -> list[Path]:

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
@@ -20,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "build_support"))
+from compile_flags import build_temp  # noqa: E402
+
 RESULTS = ROOT / "build" / "test-results"
-# Where building the extension left the kernels of the CPU levels (build_support/native.py).
-LEVEL_OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "levels"
 # What ctest prints of each of a thousand tests that pass.
 UNEVENTFUL = r"^\s*Start\s+\d+: |\sPassed\s+[\d.]+ sec$"
 # cmake, ctest and ninja of this environment come before those of the system.
@@ -77,7 +77,7 @@ def run_ctest(preset: str) -> Outcome:
     """Build the unit tests and run them; a release build tests the very objects that the extension is linked from."""
     start = time.monotonic()
     report = fresh_report("ctest")
-    levels = LEVEL_OBJECTS if preset == "release" else ""
+    levels = build_temp() / "levels" if preset == "release" else ""
     status = run(["cmake", "--preset", preset, f"-DDYNAMIC_MOE_LEVEL_OBJECTS={levels}"])
     status = status or run(["cmake", "--build", "--preset", preset])
     status = status or run(["ctest", "--preset", preset, "--output-junit", str(report)], without=UNEVENTFUL)

@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from dynamic_moe import _C, info
 
@@ -227,8 +228,15 @@ class TestCudaToolkit:
             ("90 100 110 120 130", "9.0;10.0;11.0;12.0+PTX"),  # one day
         ],
     )
-    def test_every_toolkit_compiles_what_it_knows_and_ptx_for_the_rest(self, known, architectures):
+    def test_every_toolkit_compiles_what_it_knows_and_ptx_for_the_rest(self, known, architectures, monkeypatch):
         assert cuda_toolkit.architecture_list(set(known.split())) == architectures
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+        flags = []
+        for name in architectures.split(";"):
+            number = name.removesuffix("+PTX").replace(".", "")
+            codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
+            flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+        assert sorted(flags) == cpp_extension._get_cuda_arch_flags()
 
     def test_nvcc_is_asked_what_it_knows(self, folder):
         nvcc = folder / "bin" / "nvcc"

@@ -220,7 +220,7 @@ class TestDeviceCode:
         monkeypatch.setattr(cuda_check, "cuda_toolkit", lambda: tmp_path)
         monkeypatch.setattr(cuda_check, "cuda_architectures", lambda _: "8.0")
         monkeypatch.setattr(cuda_check, "nvcc_version", lambda _: "13.0")
-        monkeypatch.setattr(cuda_check, "build_all", lambda _: [])
+        monkeypatch.setattr(cuda_check, "build_all", lambda *_: [])
         monkeypatch.setattr(sys, "argv", ["cuda_check.py", "--report", str(tmp_path / "report.md")])
         for objects, status in (([complete], 0), ([complete, without_ptx], 1)):
             monkeypatch.setattr(cuda_check, "examine_all", lambda *_, objects=objects: objects)
