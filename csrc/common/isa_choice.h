@@ -36,7 +36,7 @@ class IsaChoice {
   Isa without_tiles() const;
 
  private:
-  struct Choice {
+  struct alignas(8) Choice {  // clang asks for libatomic where a type is less aligned than it is large
     Isa isa;
     bool is_forced;  // a level that was forced is used or an error, never replaced
   };
