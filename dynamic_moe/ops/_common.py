@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from dynamic_moe.ops._torch_private import raise_value_errors, refuse_tangents
+from dynamic_moe.ops._torch_private import raise_value_errors, register_autograd
 
 raw = torch.ops.dynamic_moe
 raise_value_errors()
@@ -198,8 +198,7 @@ def differentiable(
     callable
         Takes the operator's arguments by position and returns its results.
     """
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
-    refuse_tangents(op)
+    register_autograd(op, setup_context, backward)
     function = _eager_function(op, setup_context, backward)
     functorch_function = _functorch_function(op, setup_context, backward)
 
@@ -211,7 +210,7 @@ def differentiable(
         # The Function raises where a tensor carries a forward-mode tangent; the kernel would drop it.
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return function.apply(*args)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     return call
@@ -253,7 +252,7 @@ def _eager_function(op: OpOverload, setup_context: Callable[..., None], backward
     """Make the autograd.Function of eager mode, in the form that costs least to call."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
         return output

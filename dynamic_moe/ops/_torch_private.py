@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch._library.autograd import Info, make_autograd_impl
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -53,21 +55,28 @@ def _raising_value_errors(function: Any) -> Any:
     return call
 
 
-def refuse_tangents(op: OpOverload) -> None:
-    """Make an operator raise on arguments that carry a forward-mode tangent.
+def register_autograd(op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register an operator's gradient as `torch.library.register_autograd` does, with two changes.
 
-    torch lets an operator of a library without a forward-mode formula drop tangents: the derivative is silently zero.
-    The check sits at a dispatch key that torch passes between autograd and the kernel, so it sees every call from
-    Python, from an exported program and under ``torch.func.jvp``. It takes as long as a small gating (12 us), so eager
-    calls of the public functions look for a tangent themselves and pass it by.
+    Arguments that carry a forward-mode tangent are an error. torch lets an operator of a library without a forward-mode
+    formula drop tangents: the derivative is silently zero. The check sees every call from Python, from compiled code
+    and exported programs, and under ``torch.func.jvp``; only inference mode, which is above autograd, drops tangents as
+    it does with torch's own operators.
+
+    A call that needs no gradient, as all calls of compiled code, goes straight to the kernel.
     """
+    differentiated = make_autograd_impl(op, Info(backward, setup_context))
+    below = torch._C._after_autograd_keyset
 
-    def check(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
             raise RuntimeError(f"{op._name} has no forward-mode derivative: use reverse mode")
-        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return differentiated(keyset, *args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, *args, **kwargs)
 
-    _library.impl(op, check, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
+    _library.impl(op, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _has_tangent(value: Any) -> bool:
