@@ -29,9 +29,20 @@ def check_std(value: float) -> float:
     return float(value)
 
 
+def check_p(value: float, where: str = "") -> float:
+    """Return ``value`` as a float if it is a number that can be a share of the probability."""
+    if not isinstance(value, Real):
+        raise ValueError(f"p must be a number in (0, 1], got {value!r}{where}: a tensor's is its item()")
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"p must be in (0, 1], got {value!r}{where}")
+    return float(value)
+
+
 def check_temperature(value: float) -> float:
     """Return ``value`` as a float if it can divide logits."""
-    if not isinstance(value, Real) or not 0.0 < value < math.inf:
+    if not isinstance(value, Real):
+        raise ValueError(f"temperature must be a number, got {value!r}: a tensor's is its item()")
+    if not 0.0 < value < math.inf:
         raise ValueError(f"temperature must be finite and above 0, got {value!r}")
     return float(value)
 

@@ -42,9 +42,9 @@ class CollectedRoutings(Sequence[Routing]):
         while node is not None:
             layer, routing, was_training, node = node
             if layers is None or layer in layers:
-                records.append((layer, routing))
                 if was_training and self._grad_mode and not torch.compiler.is_compiling():
-                    mark_missing_gradient(layer, routing)
+                    routing = mark_missing_gradient(layer, routing)
+                records.append((layer, routing))
         records.reverse()
         return records
 

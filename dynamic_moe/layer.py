@@ -204,11 +204,7 @@ class DynamicMoE(nn.Module):
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         y = y_TH.reshape(x.shape)
-        if not return_routing:
-            return y
-        if not torch.compiler.is_compiling():
-            mark_missing_gradient(self, routing)
-        return y, routing
+        return (y, mark_missing_gradient(self, routing)) if return_routing else y
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -235,17 +235,24 @@ def expects_gradient(layer: nn.Module) -> bool:
     return layer.training and any(parameter.requires_grad for parameter in router.parameters())
 
 
-def mark_missing_gradient(layer: nn.Module, routing: Routing) -> None:
-    """Remember of a routing that it carries no gradient though it is the layer's in training; losses warn of it."""
-    if not any(field is not None and field.requires_grad for field in routing) and expects_gradient(layer):
-        routing.probability_sum.lacks_router_gradient = True  # type: ignore[attr-defined]
+class _UntrainedRouting(Routing):
+    """A routing that carries no gradient though it is a layer's in training. A type, so that compiled code keeps it."""
+
+    __slots__ = ()
+
+
+def mark_missing_gradient(layer: nn.Module, routing: Routing) -> Routing:
+    """Return a routing such that losses warn of it if it carries no gradient though it is the layer's in training."""
+    if any(field is not None and field.requires_grad for field in routing) or not expects_gradient(layer):
+        return routing
+    return _UntrainedRouting(*routing)
 
 
 def warn_of_missing_gradients(routings: Iterable[Routing]) -> None:
     """Warn where a loss is computed from routings that :func:`mark_missing_gradient` marked."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
-    if any(getattr(routing.probability_sum, "lacks_router_gradient", False) for routing in routings):
+    if any(isinstance(routing, _UntrainedRouting) for routing in routings):
         warnings.warn(
             "a loss is computed from a routing without a gradient, though its layer is in training mode: it counts in "
             "the number and does not train the router. The layer ran without gradients, as it does in re-entrant "

@@ -2,6 +2,8 @@
 """p in the configuration of a model, so that a model that is saved and loaded again routes as before."""
 
 import functools
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,9 @@ from dynamic_moe.integrations.routers import convention_of
 KEY = "dynamic_moe_top_p"
 
 Settings = tuple[float, int | None]
+
+# The models of transformers that were built since this module was imported.
+_models: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def routers_with_owners(model: nn.Module) -> Iterator[tuple[PreTrainedModel, str, nn.Module]]:
@@ -78,6 +83,20 @@ def read(model: nn.Module) -> list[tuple[nn.Module, str, Settings]]:
     return found
 
 
+def warn_of_shared_configurations(model: nn.Module) -> None:
+    """Warn where another model has a configuration of this one: it would be saved with p, too, or without its own."""
+    parts = set(model.modules())
+    configs = {id(owner.config) for owner, _, _ in routers_with_owners(model)}
+    for other in set(_models):
+        if id(other.config) in configs and parts.isdisjoint(other.modules()):
+            warnings.warn(
+                f"{type(model).__name__} shares its configuration with another {type(other).__name__}: what is saved "
+                "of the one's p is saved of the other's, too. Build each from a copy, copy.deepcopy(config)",
+                stacklevel=3,
+            )
+            return
+
+
 def on_construction(apply: Callable[[PreTrainedModel], None]) -> None:
     """Call ``apply`` with every model of transformers as soon as its modules are there, before weights are loaded."""
     # There is no hook for this. Every model ends its constructor with post_init, also within another model.
@@ -86,6 +105,7 @@ def on_construction(apply: Callable[[PreTrainedModel], None]) -> None:
     @functools.wraps(original)
     def post_init(self: PreTrainedModel) -> None:
         original(self)
+        _models.add(self)
         if _says_something(self.config):
             apply(self)
 

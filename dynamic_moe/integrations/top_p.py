@@ -3,13 +3,14 @@
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from dynamic_moe._checks import check_p, check_positive
 from dynamic_moe.integrations import saved_top_p
 from dynamic_moe.integrations.experts import NAME
 from dynamic_moe.integrations.routers import cap_of, convention_of, find_routers, select_top_p
@@ -85,6 +86,7 @@ class set_top_p:
         self._model = model
         self._before = [(router, _get(router)) for router in routers.values()]
         self._experts_before = _switch_experts(model, experts_implementation)
+        saved_top_p.warn_of_shared_configurations(model)
         _set_all(model, settings)
 
     def __enter__(self) -> Self:
@@ -135,17 +137,19 @@ def _settings(
     routers: dict[str, nn.Module], p: float | Sequence[float], max_experts: int | None
 ) -> list[tuple[nn.Module, _Setting]]:
     """What each router shall have: a p and a cap."""
-    ps = [float(p)] * len(routers) if isinstance(p, int | float) else [float(value) for value in p]
+    p = p.tolist() if isinstance(p, Tensor) else p
+    ps = list(p) if isinstance(p, Iterable) and not isinstance(p, str) else [p] * len(routers)
     if len(ps) != len(routers):
         raise ValueError(f"p must be one number or {len(routers)}, one for each router, got {len(ps)}")
     return [
-        (router, (value, _check(name, router, value, max_experts)))
+        (router, (check_p(value, f" for {name}"), _check_cap(name, router, max_experts)))
         for (name, router), value in zip(routers.items(), ps, strict=True)
     ]
 
 
 def _saved(model: nn.Module) -> list[tuple[nn.Module, _Setting]]:
-    return [(router, (p, _check(name, router, p, cap))) for router, name, (p, cap) in saved_top_p.read(model)]
+    found = saved_top_p.read(model)
+    return [(router, (check_p(p, f" for {name}"), _check_cap(name, router, cap))) for router, name, (p, cap) in found]
 
 
 def _set_all(model: nn.Module, settings: list[tuple[nn.Module, _Setting]]) -> None:
@@ -156,15 +160,13 @@ def _set_all(model: nn.Module, settings: list[tuple[nn.Module, _Setting]]) -> No
     saved_top_p.write(model, _get)
 
 
-def _check(name: str, router: Any, p: float, max_experts: int | None) -> int:
-    if not 0.0 < p <= 1.0:
-        raise ValueError(f"p must be in (0, 1], got {p!r} for {name}")
+def _check_cap(name: str, router: Any, max_experts: int | None) -> int:
     k = _original_cap(router)
     convention = convention_of(router)
     assert convention is not None
     most = int(router.num_experts) if convention.mass == "probability" else k
-    cap = k if max_experts is None else max_experts
-    if not 1 <= cap <= most:
+    cap = k if max_experts is None else check_positive("max_experts", max_experts)
+    if cap > most:
         raise ValueError(f"max_experts must be in [1, {most}] for {name} ({type(router).__name__}), got {cap}")
     return cap
 

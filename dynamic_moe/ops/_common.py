@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -107,6 +108,15 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], **s
             return
     wanted = ", ".join(dim if size is None else f"{dim}={size}" for dim, size in sizes.items())
     raise ValueError(f"{name} must have shape [{wanted}], got {list(shape)}")
+
+
+def as_int(name: str, value: Any) -> int:
+    """Return an integer of another type (NumPy's, a symbolic one) as torch takes it; a ValueError for what is none."""
+    if isinstance(value, torch.SymInt) or torch._C._is_tracing():  # torch takes both as an int
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(value)
 
 
 def check_device(device: torch.device, **tensors: Tensor | None) -> None:

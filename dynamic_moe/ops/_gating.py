@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     accumulator_dtype,
+    as_int,
     check_device,
     check_float64,
     check_tensor,
@@ -184,6 +186,8 @@ def check_threshold(p: float | Tensor, threshold_rule: str, device: torch.device
             )
         if p.device.type != "cpu" and p.device != device:
             raise ValueError(f"p must be on the CPU or on {device} like logits, got {p.device}")
+    elif type(p) is not float and not isinstance(p, Real | torch.SymFloat):
+        raise ValueError(f"p must be a number or a tensor, got {p!r}")
     elif not 0 < p <= 1:
         raise ValueError(f"p must be in (0, 1], got {p!r}")
     if threshold_rule not in ("paper", "released"):
@@ -192,6 +196,8 @@ def check_threshold(p: float | Tensor, threshold_rule: str, device: torch.device
 
 def check_count(name: str, count: int, num_experts: int) -> None:
     """Check a number of experts per token."""
+    if type(count) is not int:
+        count = as_int(name, count)
     if not 1 <= count <= num_experts:
         raise ValueError(f"{name} must be in [1, {num_experts}] with {num_experts} experts, got {count}")
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     accumulator_dtype,
+    as_int,
     check_device,
     check_float64,
     check_tensor,
@@ -80,7 +80,7 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
     """
     check_tensor("expert_ids", expert_ids, (torch.int32, torch.int64), T=None, K=None)
     if type(num_experts) is not int:
-        num_experts = _as_int("num_experts", num_experts)
+        num_experts = as_int("num_experts", num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if expert_ids.dtype == torch.int64:
@@ -91,15 +91,6 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
         if static_rows:
             raise
         _refuse_dynamic_rows(expert_ids, error)
-
-
-def _as_int(name: str, value: Any) -> int:
-    """Return an integer of another type (NumPy's, a symbolic one) as torch takes it."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # torch takes it as an int
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    return int(value)
 
 
 def _refuse_dynamic_rows(expert_ids: Tensor, error: RuntimeError) -> NoReturn:

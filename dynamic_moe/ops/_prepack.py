@@ -21,6 +21,7 @@ from dynamic_moe.ops._common import (
     register_fake,
 )
 from dynamic_moe.ops._permutation import Permutation, permute
+from dynamic_moe.ops._torch_private import register_autograd
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADER_BYTES = 64
@@ -83,7 +84,8 @@ def prepack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> PackedExperts:
             "kernels of other devices read the weights as they are, call expert_mlp"
         )
     check_device(gate_up_proj.device, down_proj=down_proj)
-    data = raw.prepack_experts.default(gate_up_proj.detach(), down_proj.detach())
+    with torch.no_grad():
+        data = raw.prepack_experts.default(gate_up_proj, down_proj)
     return PackedExperts(data, gate_up_proj.dtype, num_experts, hidden_size, intermediate_size)
 
 
@@ -192,7 +194,7 @@ def _prepack_backward(ctx: Any, d_packed: Tensor | None) -> tuple[None, ...]:
 
 
 _expert_mlp_prepacked = differentiable(raw.expert_mlp_prepacked.default, _setup, _backward)
-torch.library.register_autograd("dynamic_moe::prepack_experts", _prepack_backward, setup_context=_setup)
+register_autograd(raw.prepack_experts.default, _setup, _prepack_backward)
 
 
 @register_flop_formula(raw.prepack_experts)

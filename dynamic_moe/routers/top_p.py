@@ -2,14 +2,13 @@
 """Top-p routing."""
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_at_most, check_temperature
+from dynamic_moe._checks import check_at_most, check_p, check_temperature
 from dynamic_moe.routers.base import Router
 from dynamic_moe.routing import Routing
 
@@ -72,15 +71,21 @@ class TopPRouter(Router):
 
     @property
     def p(self) -> float:
-        """Mass to reach, in (0, 1]. Setting it, in every step if need be, compiles nothing anew."""
+        """Mass to reach, in (0, 1].
+
+        Setting it, in every step if need be, compiles nothing anew. Set it outside of compiled functions: torch
+        compiles these again for each new value of a Python number that they take.
+        """
         return self._p
 
     @p.setter
     def p(self, value: float) -> None:
-        if not isinstance(value, Real) or not 0.0 < value <= 1.0:
-            raise ValueError(f"p must be in (0, 1], got {value!r}")
-        self._p = float(value)
+        self._p = check_p(value)
         self._p_tensor.fill_(self._p)  # in place: a CUDA graph reads this very memory
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._p_tensor = self._p_tensor.clone()  # a copy, also a shallow one, has a p of its own
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -486,6 +486,11 @@ def returned_inside_another_output(model: Model, x: Tensor) -> None:
     (y.sum() + losses.load_balancing(routing)).backward()
 
 
+def returned_by_a_compiled_layer(model: Model, x: Tensor) -> None:
+    model.layers[0].compile(backend="aot_eager")
+    returned_inside_another_output(model, x)
+
+
 def cut_off_by_the_router(model: Model, x: Tensor) -> None:
     model.layers[2].router.register_forward_hook(lambda router, args, routing: routing.detach())
     step(model, x).backward()
@@ -499,6 +504,7 @@ def cut_off_by_the_router(model: Model, x: Tensor) -> None:
         reentrant_and_compiled,
         reentrant_with_a_loss_of_ones_own,
         returned_inside_another_output,
+        returned_by_a_compiled_layer,
         cut_off_by_the_router,
     ],
 )
@@ -548,6 +554,15 @@ def teacher_inside(model: Model, x: Tensor) -> None:
     step(model, x).backward()
 
 
+def returned_out_of_the_checkpoint(model: Model, x: Tensor) -> None:
+    def flat(x: Tensor) -> tuple[Tensor, ...]:
+        y, routing = model.layers[0](x, return_routing=True)
+        return y, *routing[:-1]
+
+    losses.load_balancing(Routing(*checkpoint(flat, x, use_reentrant=True)[1:])).backward()
+    assert model.layers[0].router.weight.grad.abs().sum() > 0
+
+
 def detached_on_purpose(model: Model, x: Tensor) -> None:
     with torch.no_grad():
         _, routing = model.layers[0](x, return_routing=True)
@@ -563,6 +578,7 @@ def detached_on_purpose(model: Model, x: Tensor) -> None:
         frozen_in_part_and_reentrant,
         teacher_inside,
         detached_on_purpose,
+        returned_out_of_the_checkpoint,
     ],
 )
 def test_nobody_is_warned_where_nothing_is_lost(run: Callable[[Model, Tensor], None]) -> None:

@@ -4,9 +4,11 @@
 import ast
 import copy
 import functools
+import gc
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,27 @@ def test_the_configuration_holds_what_is_set_and_no_more(tmp_path: Path) -> None
         type(model).from_pretrained(folder)
 
 
+def test_numbers_of_numpy_and_torch_are_saved(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    model = make("mixtral", torch.float32)
+    for p in (numpy.float32(0.5), numpy.array([0.5, 0.5]), torch.tensor(0.5), torch.tensor([0.5, 0.5])):
+        set_top_p(model, p, max_experts=numpy.int64(2))
+        assert model.config.dynamic_moe_top_p["layers.1.mlp.gate"] == {"p": 0.5, "max_experts": 2}
+        saved(model, tmp_path)
+
+
+def test_a_configuration_that_two_models_share_is_warned_of() -> None:
+    model = make("mixtral", torch.float32)
+    other = type(model)(model.config)
+    with pytest.warns(UserWarning, match="MixtralForCausalLM shares its configuration with another Mixtral"):
+        set_top_p(model, 0.5)
+    del other
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_top_p(model.model, 0.5)
+
+
 def test_a_base_model_and_other_experts_are_loaded_with_p(tmp_path: Path) -> None:
     model, ids = make("mixtral", torch.float32), tokens()
     set_top_p(model.model, [0.3, 0.6])  # the part that has the routers
@@ -357,6 +380,8 @@ def test_the_layers_of_this_package_have_their_p_set() -> None:
     [
         ("mixtral", {"p": 0.0}, r"p must be in \(0, 1\], got 0\.0 for model\.layers\.0\.mlp\.gate"),
         ("mixtral", {"p": 1.5}, r"p must be in \(0, 1\], got 1\.5"),
+        ("mixtral", {"p": "0.5"}, r"p must be a number in \(0, 1\], got '0.5' for model\.layers\.0\.mlp\.gate"),
+        ("mixtral", {"p": 0.5, "max_experts": 1.0}, "max_experts must be an integer of at least 1, got 1.0"),
         ("mixtral", {"p": [0.5]}, "p must be one number or 2, one for each router, got 1"),
         ("mixtral", {"p": 0.5, "max_experts": 9}, r"max_experts must be in \[1, 8\] .*MixtralTopKRouter.*got 9"),
         ("deepseek_v3", {"p": 0.5, "max_experts": 4}, r"max_experts must be in \[1, 3\] .*DeepseekV3TopkRouter.*got 4"),

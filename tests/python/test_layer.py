@@ -418,6 +418,15 @@ def test_gradients_of_each_sample_need_static_rows(static_rows: bool) -> None:
             of_each(parameters, samples)
 
 
+@pytest.mark.filterwarnings("ignore")  # every size that is compared is a constant of the trace
+def test_a_layer_is_traced() -> None:
+    layer = DynamicMoE(hidden_size=24, intermediate_size=16, num_experts=6, shared_intermediate_size=8)
+    x = torch.randn(5, 24)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    x = torch.randn(5, 24)
+    assert torch.equal(traced(x), layer(x))
+
+
 def test_sizes_may_be_numpy_integers() -> None:
     numpy = pytest.importorskip("numpy")
     size = numpy.int64

@@ -469,6 +469,12 @@ def test_forward_mode_raises_in_an_exported_program() -> None:
         exported(forward_ad.make_dual(x, x))
 
 
+def test_forward_mode_raises_where_weights_are_packed() -> None:
+    gate_up, down = torch.randn(2, 6, 4), torch.randn(2, 4, 3)
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="prepack_experts has no forward"):
+        ops.prepack_experts(forward_ad.make_dual(gate_up, gate_up), down)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_torch_func_grad_and_vmap() -> None:
     problem = make_problem(grad=True)
