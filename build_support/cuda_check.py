@@ -9,13 +9,15 @@ Needs nvcc and no GPU: ``make cuda-check``. Fails on
 * more registers than the policy of the matmul (``csrc/grouped_matmul/policy.h``) says;
 * a device from compute capability 8.0 on that can run neither machine code nor PTX of an object.
 
-Writes ``docs/kernels.md``: what each kernel takes, and lower bounds on time that follow for two GPUs.
+Writes ``docs/kernels.md``: what each kernel takes, and lower bounds on time that follow for two GPUs. The page names a
+hash of what it depends on; ``--if-changed`` does nothing where that is still the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -30,13 +32,15 @@ from pathlib import Path
 
 import occupancy
 import sass
-from compile_flags import CSRC, ROOT, build_temp, compiler
+from compile_flags import CSRC, ROOT, build_temp, compiler, cuda_flags
 from cuda_toolkit import cuda_architectures, cuda_toolkit, nvcc_version
 from device_code import DEVICES, Target, code_of, targets, without_code
 from kernel_report import write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+PAGE = ROOT / "docs" / "kernels.md"
+CHECKERS = ("compile_flags.py", "cuda_check.py", "device_code.py", "occupancy.py", "sass.py")
 MAX_THREADS = b"\x04\x05\x0c\x00"  # EIATTR_MAX_THREADS in .nv.info: three 32-bit sizes follow
 
 
@@ -101,12 +105,17 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", help="such as 8.0 or 12.0+PTX; default: those of a default build")
     parser.add_argument("--report", type=Path, help="default: docs/kernels.md if --arch is not given")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers, then readers, at once")
+    parser.add_argument("--if-changed", action="store_true", help="only if docs/kernels.md is of another state")
     options = parser.parse_args()
     toolkit = cuda_toolkit()
     if toolkit is None:
         sys.exit("cuda-check needs a CUDA toolkit: set CUDA_HOME to its folder")
     console = Console()
     architectures = ";".join(options.arch or []) or cuda_architectures(toolkit)
+    state = state_of(architectures, nvcc_version(toolkit))
+    if options.if_changed and f"`{state}`" in PAGE.read_text():
+        console.print("cuda-check: nothing has changed since docs/kernels.md was written", highlight=False)
+        return 0
     objects = examine_all(build_all(architectures, options.jobs), options.jobs, console)
     kernels = [kernel for each in objects for kernel in each.kernels]
     kernels.sort(key=lambda kernel: (kernel.name, int(kernel.arch.strip("sm_af"))))
@@ -119,9 +128,9 @@ def main() -> int:
     for each in lacking:
         devices = ", ".join(without_code(each.cubins, each.ptx))
         console.print(f"{each.source.name}: no code for devices of compute capability {devices}", highlight=False)
-    report = options.report or (None if options.arch else ROOT / "docs" / "kernels.md")
+    report = options.report or (None if options.arch else PAGE)
     if report is not None:
-        write_report(report, kernels, code_by_device(objects), nvcc_version(toolkit))
+        write_report(report, kernels, code_by_device(objects), nvcc_version(toolkit), state)
         console.print(f"Wrote {report}", highlight=False)
     names = len({kernel.name for kernel in kernels})
     console.print(
@@ -130,6 +139,22 @@ def main() -> int:
         highlight=False,
     )
     return 1 if failed or lacking or not kernels else 0
+
+
+def state_of(architectures: str, nvcc: str) -> str:
+    """Return a hash of all that the machine code and its judgement depend on."""
+    waiting = [*CSRC.rglob("*.cu"), *(Path(__file__).parent / name for name in CHECKERS)]
+    files: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in files:
+            files.add(path)
+            included = re.findall(r'^\s*#include "(.+)"', path.read_text(), re.MULTILINE)
+            waiting += [CSRC / name for name in included if (CSRC / name).exists()]
+    state = hashlib.sha256(f"{architectures} {nvcc} {' '.join(cuda_flags())}".replace(str(ROOT), "").encode())
+    for path in sorted(files):
+        state.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return state.hexdigest()[:16]
 
 
 def build_all(architectures: str, jobs: int) -> list[Path]:

@@ -105,19 +105,19 @@ def bound(gpu: Gpu, problem: Problem, tile: Tile, loop_instructions: int) -> Bou
     )
 
 
-def write_report(path: Path, kernels: list[Compiled], runs: dict[str, str | None], nvcc: str) -> None:
+def write_report(path: Path, kernels: list[Compiled], runs: dict[str, str | None], nvcc: str, state: str) -> None:
     """Write the report. `runs`: the code that each device runs."""
-    path.write_text("\n".join(lines(kernels, runs, nvcc)) + "\n")
+    path.write_text("\n".join(lines(kernels, runs, nvcc, state)) + "\n")
 
 
-def lines(kernels: list[Compiled], runs: dict[str, str | None], nvcc: str) -> Iterator[str]:
+def lines(kernels: list[Compiled], runs: dict[str, str | None], nvcc: str, state: str) -> Iterator[str]:
     """Yield the report line by line."""
     architectures = list(dict.fromkeys(kernel.arch for kernel in kernels))
     architectures.sort(key=lambda arch: int("".join(filter(str.isdigit, arch))))
     yield "# CUDA kernels, as compiled"
     yield ""
     yield (
-        f"Written by `make cuda-check` with nvcc {nvcc}; no GPU was used. It fails on local memory (spills), on a hot "
+        f"Written by `make cuda-check` with nvcc {nvcc} for the state `{state}`; no GPU was used. It fails on local memory (spills), on a hot "
         "loop of a tensor-core product without HMMA, LDSM and 16-byte LDGSTS, on a one- or two-byte store in an "
         "aligned epilogue, on more registers than `csrc/grouped_matmul/policy.h` allows, and on a device without "
         "code. [cuda.md](cuda.md) explains the kernels."

@@ -226,6 +226,11 @@ class TestDeviceCode:
             monkeypatch.setattr(cuda_check, "examine_all", lambda *_, objects=objects: objects)
             assert cuda_check.main() == status
         assert "b.cu: no code for devices of compute capability 8.7, 8.8\n" in capsys.readouterr().out
+        monkeypatch.setattr(cuda_check, "PAGE", tmp_path / "report.md")
+        monkeypatch.setattr(sys, "argv", ["cuda_check.py", "--if-changed"])
+        assert cuda_check.main() == 0
+        monkeypatch.setattr(cuda_check, "nvcc_version", lambda _: "13.1")
+        assert cuda_check.main() == 1
         report = (tmp_path / "report.md").read_text()
         assert "| 9.0 | H100, H200 | sm_90 |" in report
         assert "| 8.7 | Jetson Orin | **none** |" in report
