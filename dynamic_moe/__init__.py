@@ -8,12 +8,13 @@ from dynamic_moe.collect import CollectedRoutings, collect_routing, record_routi
 from dynamic_moe.experts import SharedExpert, SwiGLUExperts
 from dynamic_moe.layer import DynamicMoE
 from dynamic_moe.routers import Router, TopKRouter, TopPRouter
-from dynamic_moe.routing import Routing, RoutingStatistics
+from dynamic_moe.routing import RouterScores, Routing, RoutingStatistics
 
 __all__ = [
     "CollectedRoutings",
     "DynamicMoE",
     "Router",
+    "RouterScores",
     "Routing",
     "RoutingStatistics",
     "SharedExpert",

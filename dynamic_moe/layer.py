@@ -23,13 +23,17 @@ class DynamicMoE(nn.Module):
     Parameters
     ----------
     hidden_size, intermediate_size, num_experts : int
-        H, I and E.
+        H, I and E. ``intermediate_size`` is None where ``experts`` are given.
     top_p : float, optional
         Route by :class:`~dynamic_moe.TopPRouter` with this p; 0.4 where no router is given. For other options of the
         rule, pass a router.
     router : Module, optional
         Any module whose ``forward(x, token_mask)``, x ``[T, H]`` and token_mask bool ``[T]`` or None, returns a
         :class:`~dynamic_moe.Routing` over E experts.
+    experts : Module, optional
+        Any module whose ``forward(x, expert_ids, expert_weights)``, x ``[T, H]``, the others ``[T, K]`` as in
+        :class:`~dynamic_moe.Routing`, returns ``[T, H]``: the weighted sum of the outputs of each token's experts.
+        Default: :class:`~dynamic_moe.experts.SwiGLUExperts`.
     shared_intermediate_size : int, optional
         Width of a :class:`~dynamic_moe.experts.SharedExpert`. Default: no shared expert.
     shared_gated : bool, default False
@@ -41,14 +45,14 @@ class DynamicMoE(nn.Module):
     init_std : float, default 0.02
         Weights start as N(0, init_std^2).
     device, dtype : optional
-        Of the weights. A router that is passed in keeps its own.
+        Of the weights. A router or experts that are passed in keep their own.
 
     Attributes
     ----------
     router : Module
         Its weight is ``router.weight [E, H]`` in the state dict.
-    experts : SwiGLUExperts
-        ``experts.gate_up_proj [E, 2I, H]`` and ``experts.down_proj [E, H, I]``.
+    experts : Module
+        By default ``experts.gate_up_proj [E, 2I, H]`` and ``experts.down_proj [E, H, I]``.
     shared_expert : SharedExpert or None
         ``shared_expert.gate_up_proj [2I', H]``, ``shared_expert.down_proj [H, I']`` and, if gated,
         ``shared_expert.gate [1, H]``.
@@ -56,8 +60,8 @@ class DynamicMoE(nn.Module):
     Raises
     ------
     ValueError
-        If a size is not positive, both ``top_p`` and ``router`` are given, or the router is not a module or was built
-        for other sizes.
+        If a size is not positive, both ``top_p`` and ``router`` or both ``experts`` and an option of theirs are given,
+        or the router or the experts are not a module or were built for other sizes.
 
     Examples
     --------
@@ -70,11 +74,12 @@ class DynamicMoE(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        intermediate_size: int,
+        intermediate_size: int | None,
         num_experts: int,
         *,
         top_p: float | None = None,
         router: nn.Module | None = None,
+        experts: nn.Module | None = None,
         shared_intermediate_size: int | None = None,
         shared_gated: bool = False,
         static_rows: bool = False,
@@ -83,26 +88,32 @@ class DynamicMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size = check_positive("hidden_size", hidden_size)
-        self.intermediate_size = check_positive("intermediate_size", intermediate_size)
-        self.num_experts = check_positive("num_experts", num_experts)
-        hidden_size, num_experts = self.hidden_size, self.num_experts
+        hidden_size = self.hidden_size = check_positive("hidden_size", hidden_size)
+        num_experts = self.num_experts = check_positive("num_experts", num_experts)
         if router is None:
             p = 0.4 if top_p is None else top_p
             router = TopPRouter(hidden_size, num_experts, p, init_std=init_std, device=device, dtype=dtype)
         elif top_p is not None:
             raise ValueError(f"top_p must be None where a router is given, got {top_p!r}")
-        _check_router(router, hidden_size, num_experts)
+        _check_part("router", router, ("x", "token_mask"), "a Routing", hidden_size, num_experts)
         self.router = router
-        self.experts = SwiGLUExperts(
-            num_experts,
-            hidden_size,
-            self.intermediate_size,
-            static_rows=static_rows,
-            init_std=init_std,
-            device=device,
-            dtype=dtype,
-        )
+        if experts is None:
+            experts = SwiGLUExperts(
+                num_experts,
+                hidden_size,
+                check_positive("intermediate_size", intermediate_size),
+                static_rows=static_rows,
+                init_std=init_std,
+                device=device,
+                dtype=dtype,
+            )
+        else:
+            for name, option, default in (("intermediate_size", intermediate_size, None), ("static_rows", static_rows, False)):
+                if option != default:
+                    raise ValueError(f"{name} must be {default} where experts are given, got {option!r}")
+            _check_part("experts", experts, ("x", "expert_ids", "expert_weights"), "a Tensor", hidden_size, num_experts)
+        self.experts = experts
+        self.intermediate_size: int | None = getattr(experts, "intermediate_size", None)
         self.shared_expert: SharedExpert | None = None
         if shared_intermediate_size is not None:
             self.shared_expert = SharedExpert(
@@ -140,7 +151,8 @@ class DynamicMoE(nn.Module):
         ------
         ValueError
             If the weights are float64, not on the CPU, or could change without the copy being dropped: quantized,
-            sharded, offloaded, parametrized, shared with other processes, or inference tensors.
+            sharded, offloaded, parametrized, shared with other processes, or inference tensors. Or if the experts are
+            of another kind, which has no ``prepack()``.
 
         Examples
         --------
@@ -148,7 +160,10 @@ class DynamicMoE(nn.Module):
         >>> with torch.no_grad():
         ...     y = layer(torch.randn(5, 64))
         """
-        self.experts.prepack()
+        prepack = getattr(self.experts, "prepack", None)
+        if not callable(prepack):
+            raise ValueError(f"experts must have a method prepack() to be packed, got {type(self.experts).__name__}")
+        prepack()
         if self.shared_expert is not None:
             self.shared_expert.prepack()
         return self
@@ -193,7 +208,7 @@ class DynamicMoE(nn.Module):
         ------
         ValueError
             If x is not a dense tensor, its width or dtype or the mask does not fit, or the router returns something
-            else than a routing over E experts.
+            else than a routing over E experts, or the experts something else than ``[T, H]``.
         """
         x_TH = flatten_tokens(x, self.hidden_size)
         routing: Routing = self.router(x_TH, flatten_mask(token_mask, x))
@@ -201,6 +216,8 @@ class DynamicMoE(nn.Module):
             _refuse_routing(routing, self.num_experts)
         record_routing(self, routing)
         y_TH: Tensor = self.experts(x_TH, routing.expert_ids, routing.expert_weights)
+        if not isinstance(y_TH, Tensor) or y_TH.shape != x_TH.shape:
+            _refuse_output(y_TH, x_TH)
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         y = y_TH.reshape(x.shape)
@@ -214,25 +231,29 @@ class DynamicMoE(nn.Module):
         )
 
 
-def _check_router(router: nn.Module, hidden_size: int, num_experts: int) -> None:
-    if isinstance(router, type):
-        name = router.__name__
-        raise ValueError(f"router must be a module, got the class {name}: pass an instance, {name}(hidden_size, ...)")
-    if not isinstance(router, nn.Module):
-        raise ValueError(f"router must be a torch.nn.Module that returns a Routing, got {type(router).__name__}")
+def _check_part(
+    role: str, part: nn.Module, arguments: tuple[str, ...], result: str, hidden_size: int, num_experts: int
+) -> None:
+    """Raise a ValueError unless a router or experts are a module that can be called so, made for these sizes."""
+    if isinstance(part, type):
+        name = part.__name__
+        raise ValueError(f"{role} must be a module, got the class {name}: pass an instance, {name}(...)")
+    if not isinstance(part, nn.Module):
+        raise ValueError(f"{role} must be a torch.nn.Module that returns {result}, got {type(part).__name__}")
     try:
-        inspect.signature(router.forward).bind("x", "token_mask")
+        inspect.signature(part.forward).bind(*arguments)
     except TypeError:
         raise ValueError(
-            f"router must take (x, token_mask) and return a Routing, got {type(router).__name__} with "
-            f"forward{inspect.signature(router.forward)}"
+            f"{role} must take ({', '.join(arguments)}) and return {result}, got {type(part).__name__} with "
+            f"forward{inspect.signature(part.forward)}"
         ) from None
     except ValueError:  # the signature is not known, as of scripted modules
         pass
     for name, expected in (("hidden_size", hidden_size), ("num_experts", num_experts)):
-        value = getattr(router, name, expected)
+        value = getattr(part, name, expected)
         if value != expected:
-            raise ValueError(f"router was built with {name}={value}, but the layer has {name}={expected}")
+            were = "were" if role == "experts" else "was"
+            raise ValueError(f"{role} {were} built with {name}={value}, but the layer has {name}={expected}")
 
 
 def _refuse_routing(routing: object, num_experts: int) -> None:
@@ -243,3 +264,8 @@ def _refuse_routing(routing: object, num_experts: int) -> None:
     raise ValueError(
         f"router must return a Routing over num_experts={num_experts}, got one over {routing.num_experts} experts"
     )
+
+
+def _refuse_output(y_TH: object, x_TH: Tensor) -> None:
+    got = list(y_TH.shape) if isinstance(y_TH, Tensor) else type(y_TH).__name__
+    raise ValueError(f"experts must return a Tensor of the shape of x, {list(x_TH.shape)}, got {got}")

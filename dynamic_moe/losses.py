@@ -2,7 +2,8 @@
 """Auxiliary losses of a router, from the sums that the gating operators already made.
 
 Each takes the routing of one layer, or the routings of several layers, and returns a scalar to be scaled and added to
-the loss of the task. Tokens that a mask holds back do not count. A batch without tokens gives 0, never NaN.
+the loss of the task. Tokens that a mask holds back do not count. A batch without tokens gives 0, never NaN. A routing
+without the scores of a softmax is a ValueError.
 
 Huang et al. 2024 train on ``task + 1e-2 * load_balancing + 1e-4 * dynamic``. How they reduce over layers and tokens is
 not stated; the options say what is done here, and the defaults (means) keep the coefficients independent of depth and
@@ -59,8 +60,9 @@ def load_balancing(
     def loss(layer: Routing) -> Tensor:
         num_tokens = layer.num_tokens.clamp(min=1)
         total = num_tokens if fraction == "tokens" else layer.tokens_per_expert.sum().clamp(min=1)
-        fraction_E = layer.tokens_per_expert.to(layer.probability_sum.dtype) / total
-        return layer.num_experts * torch.dot(fraction_E, layer.probability_sum / num_tokens)
+        probability_sum_E = layer.scores_for("losses.load_balancing").probability_sum
+        fraction_E = layer.tokens_per_expert.to(probability_sum_E.dtype) / total
+        return layer.num_experts * torch.dot(fraction_E, probability_sum_E / num_tokens)
 
     return _over_layers(loss, routing, layers)
 
@@ -94,7 +96,11 @@ def dynamic(
     if not base > 1.0:
         raise ValueError(f"base must be above 1, got {base!r}")
     scale = 1.0 / math.log(base)
-    return _over_layers(lambda layer: scale * _over_tokens(layer.entropy, layer, tokens), routing, layers)
+
+    def loss(layer: Routing) -> Tensor:
+        return scale * _over_tokens(layer.scores_for("losses.dynamic").entropy, layer, tokens)
+
+    return _over_layers(loss, routing, layers)
 
 
 def router_z(
@@ -120,7 +126,11 @@ def router_z(
         Scalar, float32 or float64.
     """
     _check_option("tokens", tokens, ("mean", "sum"))
-    return _over_layers(lambda layer: _over_tokens(layer.logsumexp.square(), layer, tokens), routing, layers)
+
+    def loss(layer: Routing) -> Tensor:
+        return _over_tokens(layer.scores_for("losses.router_z").logsumexp.square(), layer, tokens)
+
+    return _over_layers(loss, routing, layers)
 
 
 def _over_tokens(values_T: Tensor, layer: Routing, reduction: Reduction) -> Tensor:

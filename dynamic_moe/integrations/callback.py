@@ -148,7 +148,9 @@ class _Sums:
 
 
 def _from_routing(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    return routing.tokens_per_expert, routing.num_tokens, routing.entropy.sum()
+    if routing.scores is None:  # no softmax, so no entropy
+        return routing.tokens_per_expert, routing.num_tokens, routing.expert_weights.new_full((), torch.nan)
+    return routing.tokens_per_expert, routing.num_tokens, routing.scores.entropy.sum()
 
 
 def _from_tuple(router: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

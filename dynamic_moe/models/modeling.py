@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,7 @@ from dynamic_moe.models.checkpoint_folder import check_if_released
 from dynamic_moe.models.configuration import DynamicMoEConfig
 from dynamic_moe.models.masks import split_mask
 from dynamic_moe.routers import Router, TopPRouter
-from dynamic_moe.routing import Routing
+from dynamic_moe.routing import RouterScores, Routing
 
 
 @dataclass
@@ -200,7 +202,7 @@ class DynamicMoEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {  # noqa: RUF012
-        "router_logits": OutputRecorder(Router, index=Routing._fields.index("logits")),
+        "router_logits": OutputRecorder(Router, index=Routing._fields.index("scores")),
         "hidden_states": DynamicMoEDecoderLayer,
         "attentions": LlamaAttention,
     }
@@ -236,6 +238,25 @@ class DynamicMoEPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
 
+def _with_router_logits(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace in the outputs the scores of the routers, which are all that can be captured, by the logits in them."""
+
+    @functools.wraps(forward)
+    def with_router_logits(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        if not isinstance(outputs, tuple):
+            if outputs.router_logits is not None:
+                outputs.router_logits = _logits_in(outputs.router_logits)
+            return outputs
+        return tuple(_logits_in(each) if isinstance(each, tuple) else each for each in outputs)
+
+    return with_router_logits
+
+
+def _logits_in(captured: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.logits if isinstance(each, RouterScores) else each for each in captured)
+
+
 class DynamicMoEModel(DynamicMoEPreTrainedModel):
     """The decoder without a head: token ids ``[B, S]`` to hidden states ``[B, S, H]``."""
 
@@ -250,6 +271,7 @@ class DynamicMoEModel(DynamicMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @_with_router_logits
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
     def forward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynamic_moe import DynamicMoE, Router, Routing, TopKRouter, TopPRouter, losses, ops
+from dynamic_moe import DynamicMoE, Router, Routing, SwiGLUExperts, TopKRouter, TopPRouter, losses, ops
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -155,6 +155,35 @@ def test_any_module_can_route() -> None:
     assert routing.tokens_per_expert.tolist() == [3, 2, 2, 0, 0, 0]
     assert y.isfinite().all()
     layer.reset_parameters()
+
+
+class ScaledExperts(nn.Module):
+    """Expert e multiplies by a number of its own; without sizes, so that none can be compared."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.arange(1.0, num_experts + 1))
+
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        scale = functional.pad(self.scale, (0, 1))[expert_ids.long()]
+        return x * (scale * expert_weights).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.level_independent)])
+def test_any_module_can_be_the_experts(compiled: bool) -> None:
+    torch.manual_seed(0)
+    layer = DynamicMoE(24, None, 6, experts=ScaledExperts(6), shared_intermediate_size=8)
+    assert layer.intermediate_size is None
+    x = torch.randn(5, 7, 24)
+    function = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    y, routing = function(x, return_routing=True)
+    dense = torch.zeros(35, 7).scatter(1, routing.expert_ids.long(), routing.expert_weights)[:, :6]
+    expected = x * (dense @ layer.experts.scale).reshape(5, 7, 1) + layer.shared_expert(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert layer.experts.scale.grad.abs().min() > 0
+    assert layer.router.weight.grad.abs().max() > 0
+    assert set(layer.state_dict()) >= {"router.weight", "experts.scale"}
 
 
 def test_the_rule_in_the_documentation_works() -> None:
@@ -469,6 +498,11 @@ def test_defaults() -> None:
     assert repr(layer).startswith("DynamicMoE(\n  hidden_size=24, intermediate_size=40, num_experts=6\n")
 
 
+class Doubled(ScaledExperts):
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        return torch.cat([x, x], dim=-1)
+
+
 class Constant(nn.Module):
     """A router that always returns the same."""
 
@@ -543,6 +577,29 @@ def test_what_is_no_dense_float_tensor_is_named(kind: str) -> None:
             r"router must take \(x, token_mask\) .* got Linear with forward\(input",
         ),
         (lambda: make(router=Constant(X))(X), "router must return a dynamic_moe.Routing, got Tensor"),
+        (lambda: DynamicMoE(4, None, 2), "intermediate_size must be an integer of at least 1, got None"),
+        (lambda: make(experts=ScaledExperts(6)), "intermediate_size must be None where experts are given, got 40"),
+        (
+            lambda: DynamicMoE(4, None, 2, experts=ScaledExperts(2), static_rows=True),
+            "static_rows must be False where experts are given, got True",
+        ),
+        (
+            lambda: DynamicMoE(4, None, 2, experts=SwiGLUExperts(3, 4, 5)),
+            "experts were built with num_experts=3, but the layer has num_experts=2",
+        ),
+        (
+            lambda: DynamicMoE(4, None, 2, experts=nn.Linear(4, 4)),
+            r"experts must take \(x, expert_ids, expert_weights\) and return a Tensor, got Linear with forward\(input",
+        ),
+        (lambda: DynamicMoE(4, None, 2, experts=ScaledExperts), "experts must be a module, got the class ScaledExperts"),
+        (
+            lambda: DynamicMoE(4, None, 2, experts=Doubled(2))(torch.ones(3, 4)),
+            r"experts must return a Tensor of the shape of x, \[3, 4\], got \[3, 8\]",
+        ),
+        (
+            lambda: DynamicMoE(4, None, 2, experts=ScaledExperts(2)).prepack(),
+            r"experts must have a method prepack\(\) to be packed, got ScaledExperts",
+        ),
         (
             lambda: make(router=Constant(TopKRouter(24, 8)(X)))(X),
             "router must return a Routing over num_experts=6, got one over 8 experts",

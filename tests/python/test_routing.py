@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dynamic_moe import Routing, ops
+from dynamic_moe import RouterScores, Routing, losses, ops
 
 
 def threshold_selection(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Routing:
@@ -29,7 +29,7 @@ def test_from_selection_agrees_with_the_fused_gating() -> None:
     fused = Routing.from_gating(gating, logits)
     values, ids = logits.softmax(-1).topk(3)
     composed = Routing.from_selection(logits, ids, values)
-    for name in Routing._fields[:-1]:
+    for name in ("expert_ids", "expert_weights", "tokens_per_expert", *RouterScores._fields):
         ours, theirs = getattr(composed, name), getattr(fused, name)
         assert ours.dtype == theirs.dtype, name
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
@@ -135,7 +135,7 @@ def test_statistics_carry_no_gradient_and_the_routing_does() -> None:
     assert routing.mean_entropy.requires_grad
     assert not any(figure.requires_grad for figure in routing.statistics())
     detached = routing.detach()
-    assert not any(field.requires_grad for field in detached if field is not None)
+    assert not any(field.requires_grad for field in pytree.tree_leaves(detached) if field is not None)
     assert routing.probabilities.requires_grad
 
 
@@ -153,13 +153,75 @@ def test_statistics_compile_into_one_graph_for_any_number_of_tokens() -> None:
 
 def test_routing_is_a_pytree_and_pickles() -> None:
     routing = threshold_selection(torch.randn(4, 3), torch.tensor([True, True, False, True]))
-    assert len(pytree.tree_leaves(routing)) == len(Routing._fields)
+    assert len(pytree.tree_leaves(routing)) == 4 + len(RouterScores._fields)
     doubled = pytree.tree_map(lambda tensor: tensor * 2, routing)
     assert isinstance(doubled, Routing)
     copy = pickle.loads(pickle.dumps(routing))
     assert isinstance(copy, Routing)
-    for ours, theirs in zip(copy, routing, strict=True):
+    assert isinstance(copy.scores, RouterScores)
+    for ours, theirs in zip(pytree.tree_leaves(copy), pytree.tree_leaves(routing), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_keep_drops_pairs_and_counts_anew() -> None:
+    logits = torch.randn(9, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    routing = Routing.from_gating(ops.top_p_gating(logits, 0.7), logits, torch.ones(9, dtype=torch.bool))
+    mask = torch.rand(routing.expert_ids.shape, generator=torch.Generator().manual_seed(4)) < 0.6
+    kept = routing.keep(mask)
+    used = mask & (routing.expert_ids < 4)
+    assert 0 < used.sum() < (routing.expert_ids < 4).sum()
+    assert torch.equal(kept.expert_ids, torch.where(used, routing.expert_ids, 4))
+    assert torch.equal(kept.expert_weights, routing.expert_weights * used)
+    assert kept.tokens_per_expert.tolist() == [((routing.expert_ids == e) & mask).sum() for e in range(4)]
+    assert kept.scores is routing.scores
+    assert kept.token_mask is routing.token_mask
+    assert kept.dropped_tokens == (~used.any(1)).sum()
+    kept.expert_weights.sum().backward()
+    assert logits.grad is not None
+    for wrong in (mask[:, :1], mask.float(), mask.tolist()):
+        with pytest.raises(ValueError, match="mask_TK must be a"):
+            routing.keep(wrong)
+
+
+def test_local_parts_hold_every_row_once() -> None:
+    logits = torch.randn(11, 7, generator=torch.Generator().manual_seed(5))
+    routing = Routing.from_gating(ops.top_k_gating(logits, 3), logits)
+    parts = [(0, 2), (2, 0), (2, 4), (6, 1)]
+    weights = torch.zeros(11, 7)
+    for first, count in parts:
+        part = routing.local(first, count)
+        assert part.num_experts == count
+        assert part.scores is None
+        assert torch.equal(part.tokens_per_expert, routing.tokens_per_expert[first : first + count])
+        assert part.expert_ids.dtype == torch.int32
+        one_hot = torch.nn.functional.one_hot(part.expert_ids.long(), count + 1)[..., :count]
+        weights[:, first : first + count] += (one_hot * part.expert_weights[..., None]).sum(1)
+    whole = torch.zeros(11, 7).scatter(1, routing.expert_ids.long(), routing.expert_weights)
+    assert torch.equal(weights, whole)
+    for first, count, message in (
+        (-1, 2, r"first must be an integer in \[0, 7\] with 7 experts, got -1"),
+        (0, 8, r"count must be an integer in \[0, 7\] with 7 experts, got 8"),
+        (4, 4, r"first \+ count must be at most 7, the number of experts, got 4 \+ 4"),
+        (1.0, 2, "first must be an integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            routing.local(first, count)
+
+
+def test_a_routing_without_scores_invents_none() -> None:
+    ids, weights = torch.tensor([[2, 0], [1, 9]]), torch.tensor([[0.5, 0.25], [1.0, 3.0]], requires_grad=True)
+    routing = Routing.from_selection(None, ids, weights, num_experts=3)
+    assert routing.expert_ids.tolist() == [[2, 0], [1, 3]]
+    assert routing.tokens_per_expert.tolist() == [1, 1, 1]
+    assert routing.expert_weights.requires_grad
+    assert routing.statistics().mean_entropy is None
+    assert routing.statistics().mean_experts_per_token == 1.5
+    for reader in (*RouterScores._fields, "mean_entropy"):
+        with pytest.raises(ValueError, match=f"^{reader} reads the scores of a router with a softmax, but this routing"):
+            getattr(routing, reader)
+    for loss in (losses.load_balancing, losses.dynamic, losses.router_z):
+        with pytest.raises(ValueError, match=f"^losses.{loss.__name__} reads the scores of a router with a softmax"):
+            loss(routing)
 
 
 IDS = torch.zeros(3, 2, dtype=torch.int64)
@@ -176,6 +238,9 @@ WEIGHTS = torch.ones(3, 2)
         ),
         ((torch.zeros(3, 4, dtype=torch.int32), IDS, WEIGHTS), {}, "logits_TE must be a floating-point"),
         (([[0.0]], IDS, WEIGHTS), {}, "logits_TE must be a Tensor, got list"),
+        ((None, IDS, WEIGHTS), {}, "num_experts must be given where logits_TE is None, got None"),
+        ((None, IDS, WEIGHTS), {"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
+        ((torch.zeros(3, 4), IDS, WEIGHTS), {"num_experts": 4}, "num_experts must be None where logits_TE is given, got 4"),
         ((torch.zeros(3, 4), IDS.to_sparse(), WEIGHTS), {}, "expert_ids_TK must be a dense tensor"),
         ((torch.zeros(3, 4), IDS, None), {}, "expert_weights_TK must be a Tensor, got NoneType"),
         ((torch.zeros(3, 4), IDS, WEIGHTS), {"probabilities_TE": [1.0]}, "probabilities_TE must be a Tensor, got list"),
