@@ -3,9 +3,12 @@
 
 import math
 from numbers import Integral, Real
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Renormalize = bool | Literal["straight_through"]
 
 
 def check_positive(name: str, value: int) -> int:
@@ -45,6 +48,13 @@ def check_temperature(value: float) -> float:
     if not 0.0 < value < math.inf:
         raise ValueError(f"temperature must be finite and above 0, got {value!r}")
     return float(value)
+
+
+def check_renormalize(value: Renormalize) -> Renormalize:
+    """Return ``value`` if it says whether, and how, weights are renormalized."""
+    if not isinstance(value, bool) and value != "straight_through":
+        raise ValueError(f"renormalize must be False, True or 'straight_through', got {value!r}")
+    return value
 
 
 def check_weight_dtype(dtype: torch.dtype | None) -> None:

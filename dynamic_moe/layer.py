@@ -108,7 +108,10 @@ class DynamicMoE(nn.Module):
                 dtype=dtype,
             )
         else:
-            for name, option, default in (("intermediate_size", intermediate_size, None), ("static_rows", static_rows, False)):
+            for name, option, default in (
+                ("intermediate_size", intermediate_size, None),
+                ("static_rows", static_rows, False),
+            ):
                 if option != default:
                     raise ValueError(f"{name} must be {default} where experts are given, got {option!r}")
             _check_part("experts", experts, ("x", "expert_ids", "expert_weights"), "a Tensor", hidden_size, num_experts)

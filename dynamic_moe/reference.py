@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad, silu
 
+from dynamic_moe._checks import Renormalize, check_renormalize
 from dynamic_moe.ops import Gating, Permutation, checked_mode
 from dynamic_moe.ops._common import accumulator_dtype
 from dynamic_moe.ops._gating import ThresholdRule, check_count, check_gating, check_threshold
@@ -25,7 +26,7 @@ def top_p_gating(
     *,
     max_experts: int | None = None,
     threshold_rule: ThresholdRule = "paper",
-    renormalize: bool = False,
+    renormalize: Renormalize = False,
     temperature: float = 1.0,
     token_mask: Tensor | None = None,
     check_finite: bool | None = None,
@@ -52,7 +53,7 @@ def top_k_gating(
     logits: Tensor,
     k: int = 2,
     *,
-    renormalize: bool = True,
+    renormalize: Renormalize = True,
     temperature: float = 1.0,
     token_mask: Tensor | None = None,
     check_finite: bool | None = None,
@@ -71,12 +72,13 @@ def _gating(
     logits: Tensor,
     max_experts: int,
     is_selected: Callable[[Tensor], Tensor],
-    renormalize: bool,
+    renormalize: Renormalize,
     temperature: float,
     token_mask: Tensor | None,
     check_finite: bool | None,
 ) -> Gating:
     """Both rules. ``is_selected`` maps probabilities [T, E] in descending order to a bool [T, E]."""
+    check_renormalize(renormalize)
     num_tokens, num_experts = logits.shape
     z = logits.to(accumulator_dtype(logits.dtype)) / temperature
     kept = torch.ones(num_tokens, dtype=torch.bool, device=z.device) if token_mask is None else token_mask
@@ -99,7 +101,10 @@ def _gating(
     expert_ids = torch.where(selected, order[:, :max_experts], num_experts)
     expert_weights = torch.where(selected, sorted_probabilities[:, :max_experts], 0.0)
     if renormalize:
-        expert_weights = expert_weights / torch.where(sound, expert_weights.sum(dim=1), 1.0)[:, None]
+        divided = expert_weights / torch.where(sound, expert_weights.sum(dim=1), 1.0)[:, None]
+        if renormalize == "straight_through":
+            divided = divided.detach() + (expert_weights - expert_weights.detach())
+        expert_weights = divided
 
     # A faulty token goes to expert 0, alone, and shows NaN wherever it has a number of its own.
     nan = z.new_tensor(float("nan"))

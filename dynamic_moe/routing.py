@@ -222,7 +222,7 @@ class Routing(NamedTuple):
                 f"first + count must be at most {self.num_experts}, the number of experts, got {first} + {count}"
             )
         used_TK = (self.expert_ids >= first) & (self.expert_ids < first + count)
-        return self.__class__(
+        return Routing(
             expert_ids=torch.where(used_TK, self.expert_ids - first, count),
             expert_weights=torch.where(used_TK, self.expert_weights, 0.0),
             tokens_per_expert=self.tokens_per_expert[first : first + count],
@@ -331,7 +331,7 @@ class Routing(NamedTuple):
     def detach(self) -> Routing:
         """The same routing without its autograd graph; what to keep beyond a training step."""
         scores = None if self.scores is None else RouterScores._make(field.detach() for field in self.scores)
-        return self.__class__(
+        return Routing(
             self.expert_ids.detach(),
             self.expert_weights.detach(),
             self.tokens_per_expert.detach(),

@@ -89,9 +89,11 @@ void check_top_p(double top_p) {
   if (!(top_p > 0 && top_p <= 1)) fail("top_p must be in (0, 1], got ", top_p);
 }
 
+// straight_through is for autograd: the gradient of renormalized weights is that of the probabilities themselves.
 template <class Backend>
 GatingOutputs top_p_gating(const Tensor& logits, double top_p, int64_t max_experts, bool strict, bool renormalize,
-                           double temperature, const OptionalTensor& token_mask, bool check_finite) {
+                           double temperature, const OptionalTensor& token_mask, bool check_finite,
+                           bool /*straight_through*/) {
   check_top_p(top_p);
   const GatingRule rule{.is_top_p = true,
                         .top_p = top_p,
@@ -106,11 +108,11 @@ GatingOutputs top_p_gating(const Tensor& logits, double top_p, int64_t max_exper
 template <class Backend>
 GatingOutputs top_p_gating_tensor(const Tensor& logits, const Tensor& top_p, int64_t max_experts, bool strict,
                                   bool renormalize, double temperature, const OptionalTensor& token_mask,
-                                  bool check_finite) {
+                                  bool check_finite, bool straight_through) {
   check_tensor("top_p", top_p, ScalarType::Double, {1});
   if (top_p.is_cpu()) {
     return top_p_gating<Backend>(logits, *data<double>(top_p), max_experts, strict, renormalize, temperature,
-                                 token_mask, check_finite);
+                                 token_mask, check_finite, straight_through);
   }
   if constexpr (Backend::kReadsValues) {
     fail("top_p must be on the CPU like the other arguments");
@@ -128,7 +130,7 @@ GatingOutputs top_p_gating_tensor(const Tensor& logits, const Tensor& top_p, int
 
 template <class Backend>
 GatingOutputs top_k_gating(const Tensor& logits, int64_t k, bool renormalize, double temperature,
-                           const OptionalTensor& token_mask, bool check_finite) {
+                           const OptionalTensor& token_mask, bool check_finite, bool /*straight_through*/) {
   const GatingRule rule{.is_top_p = false,
                         .top_p = 1.0,
                         .device_top_p = nullptr,

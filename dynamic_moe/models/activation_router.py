@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynamic_moe.routers import TopPRouter
+from dynamic_moe.routers.base import warn_of_single_experts
 from dynamic_moe.routing import Routing
 
 
@@ -38,7 +39,13 @@ class ActivationDtypeTopPRouter(TopPRouter):
         ids_TK = ids_TE.masked_fill(unused_TE, self.num_experts)[:, : self.max_experts]
         weights_TK = weights_TE.masked_fill(unused_TE, 0.0)[:, : self.max_experts]
         if self.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return Routing.from_selection(
+            divided_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+            if self.renormalize == "straight_through":
+                divided_TK = divided_TK.detach() + (weights_TK - weights_TK.detach())
+            weights_TK = divided_TK
+        routing = Routing.from_selection(
             logits_TE, ids_TK, weights_TK, probabilities_TE=probabilities_TE, token_mask_T=token_mask_T
         )
+        if self.renormalize is True:
+            warn_of_single_experts(self, routing)
+        return routing

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dynamic_moe._checks import Renormalize, check_renormalize
 from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     accumulator_dtype,
@@ -64,7 +65,7 @@ def top_p_gating(
     *,
     max_experts: int | None = None,
     threshold_rule: ThresholdRule = "paper",
-    renormalize: bool = False,
+    renormalize: Renormalize = False,
     temperature: float = 1.0,
     token_mask: Tensor | None = None,
     check_finite: bool | None = None,
@@ -89,8 +90,10 @@ def top_p_gating(
         K, in [1, E]. Default: E, which is exact.
     threshold_rule : {"paper", "released"}, default "paper"
         Stop where the mass is >= p (the paper) or > p (the code that its authors released).
-    renormalize : bool, default False
-        Divide the weights by the selected mass, so that they sum to 1. The paper uses the raw probabilities.
+    renormalize : bool or "straight_through", default False
+        Divide the weights by the selected mass, so that they sum to 1. The paper uses the raw probabilities. The weight
+        of a token with one expert is then 1 whatever its logits are, and has no gradient. With "straight_through" the
+        weights are the same, and their gradient is that of the raw probabilities.
     temperature : float, default 1.0
         Positive and finite.
     token_mask : Tensor, optional
@@ -111,6 +114,7 @@ def top_p_gating(
     """
     num_experts = check_gating(logits, temperature, token_mask)
     check_threshold(p, threshold_rule, logits.device)
+    check_renormalize(renormalize)
     if max_experts is None:
         max_experts = num_experts
     check_count("max_experts", max_experts, num_experts)
@@ -119,14 +123,19 @@ def top_p_gating(
     call = _top_p
     if isinstance(p, Tensor):
         call, p = _top_p_tensor, p.detach().to(torch.float64).reshape(1)
-    return Gating(*call(logits, p, max_experts, strict, renormalize, temperature, token_mask, check_finite))
+    straight_through = renormalize == "straight_through"
+    return Gating(
+        *call(
+            logits, p, max_experts, strict, bool(renormalize), temperature, token_mask, check_finite, straight_through
+        )
+    )
 
 
 def top_k_gating(
     logits: Tensor,
     k: int = 2,
     *,
-    renormalize: bool = True,
+    renormalize: Renormalize = True,
     temperature: float = 1.0,
     token_mask: Tensor | None = None,
     check_finite: bool | None = None,
@@ -141,8 +150,8 @@ def top_k_gating(
         [T, E], float32, float64, bfloat16 or float16; the arithmetic is float32 (float64 for float64).
     k : int, default 2
         Experts of each token, in [1, E].
-    renormalize : bool, default True
-        Divide the weights by the selected mass, so that they sum to 1.
+    renormalize : bool or "straight_through", default True
+        Divide the weights by the selected mass, so that they sum to 1; see `top_p_gating` for a token with one expert.
     temperature, token_mask, check_finite
         As in `top_p_gating`.
 
@@ -158,8 +167,10 @@ def top_k_gating(
     """
     num_experts = check_gating(logits, temperature, token_mask)
     check_count("k", k, num_experts)
+    check_renormalize(renormalize)
     check_finite = checked_mode() if check_finite is None else check_finite
-    return Gating(*_top_k(logits, k, renormalize, temperature, token_mask, check_finite))
+    straight_through = renormalize == "straight_through"
+    return Gating(*_top_k(logits, k, bool(renormalize), temperature, token_mask, check_finite, straight_through))
 
 
 def check_gating(logits: Tensor, temperature: float, token_mask: Tensor | None) -> int:
@@ -226,6 +237,7 @@ def _top_p_fake(
     temperature: float,
     token_mask: Tensor | None,
     check_finite: bool,
+    straight_through: bool = False,
 ) -> tuple[Tensor, ...]:
     return _fake_outputs(logits, max_experts)
 
@@ -240,13 +252,20 @@ def _top_p_tensor_fake(
     temperature: float,
     token_mask: Tensor | None,
     check_finite: bool,
+    straight_through: bool = False,
 ) -> tuple[Tensor, ...]:
     return _fake_outputs(logits, max_experts)
 
 
 @register_fake(raw.top_k_gating.default)
 def _top_k_fake(
-    logits: Tensor, k: int, renormalize: bool, temperature: float, token_mask: Tensor | None, check_finite: bool
+    logits: Tensor,
+    k: int,
+    renormalize: bool,
+    temperature: float,
+    token_mask: Tensor | None,
+    check_finite: bool,
+    straight_through: bool = False,
 ) -> tuple[Tensor, ...]:
     return _fake_outputs(logits, k)
 
@@ -282,21 +301,21 @@ def _logits_gradient(ctx: Any, grads: tuple[Tensor | None, ...]) -> Tensor | Non
 
 
 def _top_p_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    logits, _, _, _, renormalize, temperature, token_mask, _ = inputs
-    _save_for_backward(ctx, logits, renormalize, temperature, token_mask, output)
+    logits, _, _, _, renormalize, temperature, token_mask, _, straight_through = inputs
+    _save_for_backward(ctx, logits, renormalize and not straight_through, temperature, token_mask, output)
 
 
 def _top_p_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _logits_gradient(ctx, grads), None, None, None, None, None, None, None
+    return _logits_gradient(ctx, grads), None, None, None, None, None, None, None, None
 
 
 def _top_k_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    logits, _, renormalize, temperature, token_mask, _ = inputs
-    _save_for_backward(ctx, logits, renormalize, temperature, token_mask, output)
+    logits, _, renormalize, temperature, token_mask, _, straight_through = inputs
+    _save_for_backward(ctx, logits, renormalize and not straight_through, temperature, token_mask, output)
 
 
 def _top_k_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _logits_gradient(ctx, grads), None, None, None, None, None
+    return _logits_gradient(ctx, grads), None, None, None, None, None, None
 
 
 _gating_backward = differentiable_once(raw.gating_backward.default)

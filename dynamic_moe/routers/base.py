@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What routing rules share: a linear score per expert, in float32, and a selection that the rule defines."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -102,3 +104,28 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         """Sizes; a rule appends its own options."""
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}"
+
+
+_has_warned_of_single_experts = False
+
+
+def warn_of_single_experts(router: Router, routing: Routing) -> None:
+    """Warn, once in a process, where renormalized weights leave tokens in training without a gradient.
+
+    For rules with ``renormalize=True``. The number of experts is looked at on the CPU alone: elsewhere it would be a
+    wait for the device.
+    """
+    global _has_warned_of_single_experts
+    if _has_warned_of_single_experts or torch.compiler.is_compiling():
+        return
+    if not (router.training and routing.expert_weights.requires_grad and routing.expert_ids.device.type == "cpu"):
+        return
+    single = int((routing.experts_per_token == 1).sum())
+    if single:
+        _has_warned_of_single_experts = True
+        warnings.warn(
+            f"{type(router).__name__}(renormalize=True): {single} of {routing.expert_ids.shape[0]} tokens have one "
+            "expert. Its weight is 1 whatever the logits are, so these tokens do not train the router through the "
+            "output; renormalize='straight_through' keeps the weights and lets the gradient through",
+            stacklevel=2,
+        )

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_at_most, check_temperature
-from dynamic_moe.routers.base import Router
+from dynamic_moe._checks import Renormalize, check_at_most, check_renormalize, check_temperature
+from dynamic_moe.routers.base import Router, warn_of_single_experts
 from dynamic_moe.routing import Routing
 
 
@@ -23,8 +23,10 @@ class TopKRouter(Router):
         H and E.
     k : int, default 2
         Experts per token, at most E.
-    renormalize : bool, default True
-        Divide the weights of a token by their sum.
+    renormalize : bool or "straight_through", default True
+        Divide the weights of a token by their sum. With ``k = 1`` every weight is then 1 whatever the logits are, and
+        the output of the layer does not train the router: there is a warning. With "straight_through" the weights are
+        the same, and their gradient is that of the probabilities.
     temperature : float, default 1.0
         Divides the logits before the softmax.
     init_std, device, dtype
@@ -36,7 +38,7 @@ class TopKRouter(Router):
         hidden_size: int,
         num_experts: int,
         k: int = 2,
-        renormalize: bool = True,
+        renormalize: Renormalize = True,
         temperature: float = 1.0,
         *,
         init_std: float = 0.02,
@@ -45,7 +47,7 @@ class TopKRouter(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, init_std=init_std, device=device, dtype=dtype)
         self.k = check_at_most("k", k, "num_experts", self.num_experts)
-        self.renormalize = renormalize
+        self.renormalize = check_renormalize(renormalize)
         self.temperature = check_temperature(temperature)
 
     def select(self, logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Routing:
@@ -57,8 +59,11 @@ class TopKRouter(Router):
             temperature=self.temperature,
             token_mask=token_mask_T,
         )
-        return Routing.from_gating(gating, logits_TE, token_mask_T)
+        routing = Routing.from_gating(gating, logits_TE, token_mask_T)
+        if self.k == 1 and self.renormalize is True:
+            warn_of_single_experts(self, routing)
+        return routing
 
     def extra_repr(self) -> str:
         """Sizes and options."""
-        return f"{super().extra_repr()}, k={self.k}, renormalize={self.renormalize}, temperature={self.temperature}"
+        return f"{super().extra_repr()}, k={self.k}, renormalize={self.renormalize!r}, temperature={self.temperature}"

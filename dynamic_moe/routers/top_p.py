@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dynamic_moe import ops
-from dynamic_moe._checks import check_at_most, check_p, check_temperature
-from dynamic_moe.routers.base import Router
+from dynamic_moe._checks import Renormalize, check_at_most, check_p, check_renormalize, check_temperature
+from dynamic_moe.routers.base import Router, warn_of_single_experts
 from dynamic_moe.routing import Routing
 
 
@@ -28,8 +28,11 @@ class TopPRouter(Router):
         Mass to reach, in (0, 1]; 1 selects every expert.
     max_experts : int, optional
         Most experts that a token may get, K. Default E: no cap.
-    renormalize : bool, default False
-        Divide the weights of a token by their sum. The paper and its released code do not.
+    renormalize : bool or "straight_through", default False
+        Divide the weights of a token by their sum. The paper and its released code do not. A token with one expert, and
+        that can be most of them, has weight 1 then whatever its logits are, and does not train the router through the
+        output of the layer: there is a warning. With "straight_through" the weights are the same, and their gradient is
+        that of the probabilities.
     threshold_rule : {"paper", "released"}, default "paper"
         Stop when the mass is at least p (the paper), or more than p (the released code). They differ only where a
         partial sum equals p.
@@ -45,7 +48,7 @@ class TopPRouter(Router):
         num_experts: int,
         p: float = 0.4,
         max_experts: int | None = None,
-        renormalize: bool = False,
+        renormalize: Renormalize = False,
         threshold_rule: Literal["paper", "released"] = "paper",
         temperature: float = 1.0,
         *,
@@ -65,7 +68,7 @@ class TopPRouter(Router):
         if threshold_rule not in ("paper", "released"):
             raise ValueError(f"threshold_rule must be 'paper' or 'released', got {threshold_rule!r}")
         self.max_experts = max_experts
-        self.renormalize = renormalize
+        self.renormalize = check_renormalize(renormalize)
         self.threshold_rule = threshold_rule
         self.temperature = check_temperature(temperature)
 
@@ -105,11 +108,14 @@ class TopPRouter(Router):
             temperature=self.temperature,
             token_mask=token_mask_T,
         )
-        return Routing.from_gating(gating, logits_TE, token_mask_T)
+        routing = Routing.from_gating(gating, logits_TE, token_mask_T)
+        if self.renormalize is True:
+            warn_of_single_experts(self, routing)
+        return routing
 
     def extra_repr(self) -> str:
         """Sizes and options."""
         return (
-            f"{super().extra_repr()}, p={self.p}, max_experts={self.max_experts}, renormalize={self.renormalize}, "
+            f"{super().extra_repr()}, p={self.p}, max_experts={self.max_experts}, renormalize={self.renormalize!r}, "
             f"threshold_rule={self.threshold_rule!r}, temperature={self.temperature}"
         )

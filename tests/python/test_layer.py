@@ -591,7 +591,10 @@ def test_what_is_no_dense_float_tensor_is_named(kind: str) -> None:
             lambda: DynamicMoE(4, None, 2, experts=nn.Linear(4, 4)),
             r"experts must take \(x, expert_ids, expert_weights\) and return a Tensor, got Linear with forward\(input",
         ),
-        (lambda: DynamicMoE(4, None, 2, experts=ScaledExperts), "experts must be a module, got the class ScaledExperts"),
+        (
+            lambda: DynamicMoE(4, None, 2, experts=ScaledExperts),
+            "experts must be a module, got the class ScaledExperts",
+        ),
         (
             lambda: DynamicMoE(4, None, 2, experts=Doubled(2))(torch.ones(3, 4)),
             r"experts must return a Tensor of the shape of x, \[3, 4\], got \[3, 8\]",

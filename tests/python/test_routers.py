@@ -2,6 +2,7 @@
 """Routers: the rules, their options, float32 logits, and a rule of one's own."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dynamic_moe import Router, Routing, TopKRouter, TopPRouter
+from dynamic_moe.models.activation_router import ActivationDtypeTopPRouter
+from dynamic_moe.routers import base as routers_base
 
 # Rows of logits, and what top-p selects from them, worked by hand from Huang et al. 2024, eq. 2-5.
 LOGITS = torch.tensor(
@@ -309,3 +312,59 @@ def test_repr_shows_the_options() -> None:
         "temperature=1.0)"
     )
     assert repr(TopKRouter(8, 4)) == "TopKRouter(hidden_size=8, num_experts=4, k=2, renormalize=True, temperature=1.0)"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: TopPRouter(8, 4, 0.3, init_std=0.4, dtype=torch.float64, **options),
+        lambda **options: TopKRouter(8, 4, 1, init_std=0.4, dtype=torch.float64, **options),
+        lambda **options: ActivationDtypeTopPRouter(8, 4, 0.3, init_std=0.4, dtype=torch.float64, **options),
+    ],
+    ids=["top-p", "top-1", "activation dtype"],
+)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.level_independent)])
+@pytest.mark.filterwarnings("ignore:.*renormalize=True")
+def test_straight_through_keeps_the_weights_and_lets_the_gradient_through(make: Any, compiled: bool) -> None:
+    x = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    upstream = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def run(renormalize: Any) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        router = make(renormalize=renormalize)
+        function = torch.compile(router, backend="aot_eager", fullgraph=True) if compiled else router
+        weights = function(x).expert_weights
+        (weights * upstream[:, : weights.shape[1]]).sum().backward()
+        return weights.detach(), router.weight.grad
+
+    (plain, gradient), (divided, _), (weights, through) = run(False), run(True), run("straight_through")
+    assert ((divided > 0).sum(1) == 1).sum() > 5
+    assert torch.equal(weights, divided)
+    assert not torch.equal(weights, plain)
+    torch.testing.assert_close(through, gradient)
+
+
+def test_a_token_without_a_gradient_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routers_base, "_has_warned_of_single_experts", False)
+    x = torch.randn(5, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TopPRouter(8, 4, 0.3, renormalize="straight_through")(x)
+        TopPRouter(8, 4, 0.3)(x)
+        TopKRouter(8, 4, 2)(x)
+        TopKRouter(8, 4, 1).eval()(x)
+        with torch.no_grad():
+            TopKRouter(8, 4, 1)(x)
+    with pytest.warns(
+        UserWarning, match=r"^TopKRouter\(renormalize=True\): 5 of 5 tokens have one expert.*straight_thr"
+    ):
+        TopKRouter(8, 4, 1)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TopKRouter(8, 4, 1)(x)
+
+
+@pytest.mark.parametrize("router", [TopKRouter, TopPRouter])
+def test_an_unknown_way_to_renormalize_is_named(router: Any) -> None:
+    with pytest.raises(ValueError, match="renormalize must be False, True or 'straight_through', got 'straight'"):
+        router(8, 4, renormalize="straight")

@@ -217,7 +217,9 @@ def test_a_routing_without_scores_invents_none() -> None:
     assert routing.statistics().mean_entropy is None
     assert routing.statistics().mean_experts_per_token == 1.5
     for reader in (*RouterScores._fields, "mean_entropy"):
-        with pytest.raises(ValueError, match=f"^{reader} reads the scores of a router with a softmax, but this routing"):
+        with pytest.raises(
+            ValueError, match=f"^{reader} reads the scores of a router with a softmax, but this routing"
+        ):
             getattr(routing, reader)
     for loss in (losses.load_balancing, losses.dynamic, losses.router_z):
         with pytest.raises(ValueError, match=f"^losses.{loss.__name__} reads the scores of a router with a softmax"):
@@ -240,7 +242,11 @@ WEIGHTS = torch.ones(3, 2)
         (([[0.0]], IDS, WEIGHTS), {}, "logits_TE must be a Tensor, got list"),
         ((None, IDS, WEIGHTS), {}, "num_experts must be given where logits_TE is None, got None"),
         ((None, IDS, WEIGHTS), {"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
-        ((torch.zeros(3, 4), IDS, WEIGHTS), {"num_experts": 4}, "num_experts must be None where logits_TE is given, got 4"),
+        (
+            (torch.zeros(3, 4), IDS, WEIGHTS),
+            {"num_experts": 4},
+            "num_experts must be None where logits_TE is given, got 4",
+        ),
         ((torch.zeros(3, 4), IDS.to_sparse(), WEIGHTS), {}, "expert_ids_TK must be a dense tensor"),
         ((torch.zeros(3, 4), IDS, None), {}, "expert_weights_TK must be a Tensor, got NoneType"),
         ((torch.zeros(3, 4), IDS, WEIGHTS), {"probabilities_TE": [1.0]}, "probabilities_TE must be a Tensor, got list"),
