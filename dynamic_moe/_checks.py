@@ -11,7 +11,7 @@ from torch import Tensor
 Renormalize = bool | Literal["straight_through"]
 
 
-def check_positive(name: str, value: int) -> int:
+def check_positive(name: str, value: object) -> int:
     """Return ``value`` as an int if it is an integer, Python's or NumPy's, of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -82,8 +82,8 @@ class Routing(NamedTuple):
     """The decision of a router, in the form that every expert pass, loss and statistic reads.
 
     Which rule made it does not show. Tokens are flat, in row-major order of the leading dimensions of the input.
-    Named tuples, so that ``torch.compile``, ``torch.export``, activation checkpointing, DDP and FSDP all see the tensors
-    in them.
+    Named tuples, so that ``torch.compile``, ``torch.export``, activation checkpointing, DDP and FSDP all see the
+    tensors in them.
 
     The fields of ``scores`` are also attributes of the routing, under the names that they had before version 0.2; a
     later version drops them.

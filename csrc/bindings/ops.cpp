@@ -53,7 +53,8 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
 
   m.def(
       "top_p_gating(Tensor logits, float top_p, int max_experts, bool strict, bool renormalize, float temperature, "
-      "Tensor? token_mask, bool check_finite, bool straight_through=False) -> (Tensor expert_ids, Tensor expert_weights, "
+      "Tensor? token_mask, bool check_finite, bool straight_through=False) -> (Tensor expert_ids, Tensor "
+      "expert_weights, "
       "Tensor tokens_per_expert, Tensor probabilities, Tensor probability_sum, Tensor entropy, Tensor logsumexp)",
       tags);
   // p as a tensor of one element: a threshold that changes must not make torch.compile start anew.
@@ -65,7 +66,8 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       tags);
   m.def(
       "top_k_gating(Tensor logits, int k, bool renormalize, float temperature, Tensor? token_mask, bool check_finite, "
-      "bool straight_through=False) -> (Tensor expert_ids, Tensor expert_weights, Tensor tokens_per_expert, Tensor probabilities, "
+      "bool straight_through=False) -> (Tensor expert_ids, Tensor expert_weights, Tensor tokens_per_expert, Tensor "
+      "probabilities, "
       "Tensor probability_sum, Tensor entropy, Tensor logsumexp)",
       tags);
   m.def(

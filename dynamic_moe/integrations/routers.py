@@ -86,7 +86,7 @@ CONVENTIONS = {
 def convention_of(router: nn.Module) -> Convention | None:
     """The convention of a router; None for what is no router that we know."""
     if isinstance(router, TopPRouter):
-        return Convention("probability", renormalize=router.renormalize, float32_weights=True)
+        return Convention("probability", renormalize=bool(router.renormalize), float32_weights=True)
     return next((CONVENTIONS[kind.__name__] for kind in type(router).__mro__ if kind.__name__ in CONVENTIONS), None)
 
 

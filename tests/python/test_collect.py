@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from dynamic_moe import DynamicMoE, Routing, collect_routing, losses
+from dynamic_moe import DynamicMoE, RouterScores, Routing, collect_routing, losses
 
 LAYERS = 3
 
@@ -557,9 +557,10 @@ def teacher_inside(model: Model, x: Tensor) -> None:
 def returned_out_of_the_checkpoint(model: Model, x: Tensor) -> None:
     def flat(x: Tensor) -> tuple[Tensor, ...]:
         y, routing = model.layers[0](x, return_routing=True)
-        return y, *routing[:-1]
+        return y, *routing[:3], *routing.scores_for("this test")
 
-    losses.load_balancing(Routing(*checkpoint(flat, x, use_reentrant=True)[1:])).backward()
+    outputs = checkpoint(flat, x, use_reentrant=True)
+    losses.load_balancing(Routing(*outputs[1:4], scores=RouterScores(*outputs[4:]))).backward()
     assert model.layers[0].router.weight.grad.abs().sum() > 0
 
 
