@@ -232,8 +232,8 @@ def test_leading_dimensions_and_mask_are_flattened(make: type[Router]) -> None:
     mask = torch.tensor([[True, False, True], [True, True, False]])
     routing = router(x, mask)
     flat = router(x.reshape(6, 6), mask.reshape(6))
-    for ours, theirs in zip(routing, flat, strict=True):
-        assert torch.equal(ours, theirs)
+    fields = zip((*routing[:-1], *routing.scores_for("test")), (*flat[:-1], *flat.scores_for("test")), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in fields)
     assert (routing.experts_per_token > 0).tolist() == mask.flatten().tolist()
 
 
@@ -326,6 +326,7 @@ def test_repr_shows_the_options() -> None:
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.level_independent)])
 @pytest.mark.filterwarnings("ignore:.*renormalize=True")
 def test_straight_through_keeps_the_weights_and_lets_the_gradient_through(make: Any, compiled: bool) -> None:
+    torch._dynamo.reset()  # each of these routers is compiled anew, and has no part in the limit of others
     x = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     upstream = torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
