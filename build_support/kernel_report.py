@@ -117,8 +117,8 @@ def lines(kernels: list[Compiled], runs: dict[str, str | None], nvcc: str, state
     yield "# CUDA kernels, as compiled"
     yield ""
     yield (
-        f"Written by `make cuda-check` with nvcc {nvcc} for the state `{state}`; no GPU was used. It fails on local memory (spills), on a hot "
-        "loop of a tensor-core product without HMMA, LDSM and 16-byte LDGSTS, on a one- or two-byte store in an "
+        f"Written by `make cuda-check` with nvcc {nvcc} for the state `{state}`; no GPU was used. It fails on local "
+        "memory (spills), on a hot loop of a tensor-core product without HMMA, LDSM and 16-byte LDGSTS, on a one- or two-byte store in an "
         "aligned epilogue, on more registers than `csrc/grouped_matmul/policy.h` allows, and on a device without "
         "code. [cuda.md](cuda.md) explains the kernels."
     )

@@ -38,10 +38,14 @@ class DynamicMoE(nn.Module):
         Width of a :class:`~dynamic_moe.experts.SharedExpert`. Default: no shared expert.
     shared_gated : bool, default False
         Whether the shared expert has a sigmoid gate.
+    row_capacity : int, optional
+        On CUDA, never wait for the device: buffers hold this many rows, at most T * K, whatever the router decides, and
+        a CUDA graph can hold the layer. What does not fit is dropped, each token's last experts first; see
+        :func:`dynamic_moe.ops.permute`. Also needed under ``torch.func.vmap``, as for gradients of each sample, and on
+        the meta device. Default: exactly the rows that there are, and nothing is dropped.
     static_rows : bool, default False
-        On CUDA, never wait for the device: buffers hold T * K rows, whatever the router decides, and a CUDA graph can
-        hold the layer. Give the router a cap of experts per token (``max_experts``), as K is E without one. Also
-        needed under ``torch.func.vmap``, as for gradients of each sample, and on the meta device.
+        Deprecated: a row capacity of T * K. Give the router a cap of experts per token (``max_experts``), as K is E
+        without one.
     init_std : float, default 0.02
         Weights start as N(0, init_std^2).
     device, dtype : optional
@@ -82,6 +86,7 @@ class DynamicMoE(nn.Module):
         experts: nn.Module | None = None,
         shared_intermediate_size: int | None = None,
         shared_gated: bool = False,
+        row_capacity: int | None = None,
         static_rows: bool = False,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
@@ -102,6 +107,7 @@ class DynamicMoE(nn.Module):
                 num_experts,
                 hidden_size,
                 check_positive("intermediate_size", intermediate_size),
+                row_capacity=row_capacity,
                 static_rows=static_rows,
                 init_std=init_std,
                 device=device,
@@ -110,6 +116,7 @@ class DynamicMoE(nn.Module):
         else:
             for name, option, default in (
                 ("intermediate_size", intermediate_size, None),
+                ("row_capacity", row_capacity, None),
                 ("static_rows", static_rows, False),
             ):
                 if option != default:

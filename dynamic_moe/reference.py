@@ -122,8 +122,13 @@ def _gating(
     )
 
 
-def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) -> Permutation:
+def permute(
+    expert_ids: Tensor, num_experts: int, *, row_capacity: int | None = None, static_rows: bool = False
+) -> Permutation:
     """See `dynamic_moe.ops.permute`."""
+    overflow = None
+    if row_capacity is not None:
+        expert_ids, overflow = _drop_overflow(expert_ids, num_experts, row_capacity)
     flat_ids = expert_ids.flatten()
     flat_ids = torch.where((flat_ids >= 0) & (flat_ids < num_experts), flat_ids, num_experts).long()
     tokens_per_expert = flat_ids.bincount(minlength=num_experts + 1)[:num_experts]
@@ -133,8 +138,9 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
     slot_row = torch.full_like(flat_ids, -1)
     slot_row[row_slot] = torch.arange(num_rows, device=row_slot.device)
     row_token = row_slot.div(max(expert_ids.shape[1], 1), rounding_mode="floor")
-    if static_rows:
-        unused = (0, flat_ids.numel() - num_rows)
+    if static_rows or row_capacity is not None:
+        capacity = flat_ids.numel() if row_capacity is None else min(row_capacity, flat_ids.numel())
+        unused = (0, capacity - num_rows)
         row_slot, row_token = pad(row_slot, unused), pad(row_token, unused)
     return Permutation(
         tokens_per_expert=tokens_per_expert.to(torch.int32),
@@ -142,7 +148,19 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
         row_token=row_token.to(torch.int32),
         row_slot=row_slot.to(torch.int32),
         slot_row=slot_row.to(torch.int32).view(expert_ids.shape),
+        overflow=overflow,
     )
+
+
+def _drop_overflow(expert_ids: Tensor, num_experts: int, row_capacity: int) -> tuple[Tensor, Tensor]:
+    expert_ids = expert_ids.clone()
+    left = row_capacity
+    for slot in range(expert_ids.shape[1]):
+        for token, expert in enumerate(expert_ids[:, slot].tolist()):
+            if 0 <= expert < num_experts:
+                left -= 1
+                expert_ids[token, slot] = num_experts if left < 0 else expert
+    return expert_ids, torch.tensor(max(-left, 0), dtype=torch.int32)
 
 
 def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
@@ -175,12 +193,13 @@ def expert_mlp(
     expert_weights: Tensor,
     permutation: Permutation | None = None,
     *,
+    row_capacity: int | None = None,
     static_rows: bool = False,
 ) -> Tensor:
     """See `dynamic_moe.ops.expert_mlp`. Sums are rounded to the dtype of ``x`` once, at the end."""
     acc = accumulator_dtype(x.dtype)
     if permutation is None:
-        permutation = permute(expert_ids, down_proj.shape[0], static_rows=static_rows)
+        permutation = permute(expert_ids, down_proj.shape[0], row_capacity=row_capacity, static_rows=static_rows)
     gate_up = grouped_matmul(x.to(acc), gate_up_proj.to(acc), permutation.expert_offsets, permutation.row_token)
     gate, up = gate_up.chunk(2, dim=1)
     rows = grouped_matmul(silu(gate) * up, down_proj.to(acc), permutation.expert_offsets)

@@ -77,7 +77,7 @@ STABLE_TORCH_LIBRARY(dynamic_moe, m) {
       tags);
 
   m.def(
-      "permute(Tensor expert_ids, int num_experts, bool static_rows=False) -> (Tensor tokens_per_expert, "
+      "permute(Tensor expert_ids, int num_experts, int row_capacity=-1) -> (Tensor tokens_per_expert, "
       "Tensor expert_offsets, Tensor row_token, Tensor row_slot, Tensor slot_row)",
       dynamic_tags);
   m.def("float32_linear(Tensor x, Tensor weight) -> Tensor", tags);

@@ -2,6 +2,7 @@
 // permute, combine and combine_backward.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -12,11 +13,11 @@
 namespace dynamic_moe::bindings {
 namespace {
 
-// The row buffers have R rows, for which the host must know R, or with static_rows one for every slot; zeros stand in
-// those beyond R.
+// The row buffers have R rows, for which the host must know R, or a given number of them, but no more than there are
+// slots; zeros stand in those beyond R.
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permute(const Tensor& expert_ids_in, int64_t num_experts,
-                                                           bool static_rows) {
+                                                           int64_t row_capacity) {
   const Backend backend("expert_ids", expert_ids_in);
   const Tensor expert_ids = backend.checked("expert_ids", expert_ids_in, ScalarType::Int, {kAnySize, kAnySize});
   check_range("num_experts", num_experts, 1, std::numeric_limits<int32_t>::max() - 1);
@@ -27,6 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permute(const Tensor& expert_
   check_fits_int32("the number of experts per token", max_experts);
 
   const int64_t num_slots = num_tokens * max_experts;
+  const int64_t capacity = row_capacity >= 0 ? std::min(row_capacity, num_slots) : num_slots;
   const auto experts = static_cast<int32_t>(num_experts);
   const Tensor tokens_per_expert = backend.empty({num_experts}, ScalarType::Int);
   const Tensor expert_offsets = backend.empty({num_experts + 1}, ScalarType::Int);
@@ -35,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permute(const Tensor& expert_
   auto* offsets = mutable_data<int32_t>(expert_offsets);
   // Step 1 counts, step 2 sorts, and the row buffers are allocated in between.
   const auto allocate = [&] {
-    const int64_t num_rows = static_rows ? num_slots : backend.read(expert_offsets, num_experts);
+    const int64_t num_rows = row_capacity >= 0 ? capacity : backend.read(expert_offsets, num_experts);
     return std::pair(backend.empty({num_rows}, ScalarType::Int), backend.empty({num_rows}, ScalarType::Int));
   };
   const auto params = [&](const Tensor& row_token, const Tensor& row_slot) {
@@ -50,6 +52,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permute(const Tensor& expert_
   };
   if constexpr (Backend::kReadsValues) {
     count_rows_cpu(ids, num_slots, experts, mutable_data<int32_t>(tokens_per_expert), offsets);
+    if (offsets[num_experts] > capacity) {
+      fail("row_capacity must be at least the number of used slots, ", offsets[num_experts], ", got ", row_capacity);
+    }
     const auto [row_token, row_slot] = allocate();
     permute_cpu(params(row_token, row_slot));
     zero_rows(row_token, offsets[num_experts]);
@@ -57,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> permute(const Tensor& expert_
     return {tokens_per_expert, expert_offsets, row_token, row_slot, slot_row};
   } else {
     const auto scratch = backend.scratch(permute_cuda_workspace(num_slots, experts));
-    count_rows_cuda(ids, num_slots, experts, mutable_data<int32_t>(tokens_per_expert), offsets, scratch,
+    count_rows_cuda(ids, num_slots, experts, capacity, mutable_data<int32_t>(tokens_per_expert), offsets, scratch,
                     backend.stream());
     const auto [row_token, row_slot] = allocate();
     permute_cuda(params(row_token, row_slot), row_token.size(0), scratch, backend.stream());

@@ -20,8 +20,9 @@ size_t permute_cuda_workspace(int64_t num_slots, int32_t num_experts);  // bytes
 void count_rows_cuda(const int32_t* expert_ids,                         // [T, K]
                      int64_t num_slots,                                 // T * K < 2^31
                      int32_t num_experts,                               // E
+                     int64_t row_capacity,                              // of step 2's buffers; T * K if exact
                      int32_t* tokens_per_expert,                        // [E]
-                     int32_t* expert_offsets,                           // [E + 1]
+                     int32_t* expert_offsets,                           // [E + 1] at most row_capacity
                      Workspace workspace, Stream stream);
 
 // Step 2: the stable permutation.
@@ -36,8 +37,9 @@ struct PermuteParams {
   int32_t num_experts;            // E
 };
 void permute_cpu(const PermuteParams& params);
-// row_token and row_slot have `num_rows` elements: R, or more where the host does not know R (T * K always suffice).
-// Those beyond R become 0, an index that is in range wherever there are rows at all.
+// row_token and row_slot have `num_rows` elements: R, or the row capacity where the host does not know R (T * K always
+// suffice). Those beyond R become 0, an index that is in range wherever there are rows at all. A slot whose row would
+// lie beyond the capacity has none: slot_row is -1. Which these are is no rule of routing: callers leave no such slot.
 void permute_cuda(const PermuteParams& params, int64_t num_rows, Workspace workspace, Stream stream);
 
 // y[t] = sum_k w[t, k] * rows[slot_row[t, k]], added in slot order in float32 (float64 for float64): deterministic.

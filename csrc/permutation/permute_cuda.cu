@@ -30,16 +30,16 @@ size_t permute_cuda_workspace(int64_t num_slots, int32_t num_experts) {
   return static_cast<size_t>(counts + 1) * sizeof(int32_t);
 }
 
-void count_rows_cuda(const int32_t* expert_ids, int64_t num_slots, int32_t num_experts, int32_t* tokens_per_expert,
-                     int32_t* expert_offsets, Workspace workspace, Stream stream) {
+void count_rows_cuda(const int32_t* expert_ids, int64_t num_slots, int32_t num_experts, int64_t row_capacity,
+                     int32_t* tokens_per_expert, int32_t* expert_offsets, Workspace workspace, Stream stream) {
   const PermuteWorkspace shared = divided(workspace, num_slots, num_experts);
   const PermutePlan plan(num_slots, num_experts);
   DYNAMIC_MOE_LAUNCH(count_slots_kernel, static_cast<unsigned>(plan.num_blocks), plan.threads(),
                      sizeof(int32_t) * num_experts, stream, expert_ids, num_slots, num_experts, plan.slots_per_block(),
                      shared);
   DYNAMIC_MOE_LAUNCH(scan_blocks_kernel, static_cast<unsigned>((num_experts + kScannedExperts - 1) / kScannedExperts),
-                     32 * kScanWarps, 0, stream, shared, plan.num_blocks, num_experts, tokens_per_expert,
-                     expert_offsets);
+                     32 * kScanWarps, 0, stream, shared, plan.num_blocks, num_experts,
+                     static_cast<int32_t>(row_capacity), tokens_per_expert, expert_offsets);
 }
 
 void permute_cuda(const PermuteParams& params, int64_t num_rows, Workspace workspace, Stream stream) {

@@ -66,8 +66,8 @@ __device__ inline int32_t exclusive_sum(int32_t value, int lane, int32_t& total)
 }
 
 // expert_offsets from tokens_per_expert, by one block. Barriers: all threads come here.
-__device__ inline void scan_experts(const int32_t* tokens_per_expert, int num_experts, int32_t* expert_offsets,
-                                    int32_t* warp_totals) {
+__device__ inline void scan_experts(const int32_t* tokens_per_expert, int num_experts, int32_t row_capacity,
+                                    int32_t* expert_offsets, int32_t* warp_totals) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   int32_t before = 0;  // rows of the experts of earlier rounds
   for (int first = 0; first < num_experts; first += 32 * kScanWarps) {
@@ -80,18 +80,18 @@ __device__ inline void scan_experts(const int32_t* tokens_per_expert, int num_ex
     int32_t of_round;
     const int32_t of_warps = exclusive_sum(load_shared(warp_totals + lane), lane, of_round);
     const int32_t offset = before + __shfl_sync(0xffffffffu, of_warps, warp) + in_warp;
-    if (e < num_experts) store_global(expert_offsets + e, offset);
+    if (e < num_experts) store_global(expert_offsets + e, offset < row_capacity ? offset : row_capacity);
     before += of_round;
     __syncthreads();  // warp_totals are written again
   }
-  if (threadIdx.x == 0) store_global(expert_offsets + num_experts, before);
+  if (threadIdx.x == 0) store_global(expert_offsets + num_experts, before < row_capacity ? before : row_capacity);
 }
 
 // Replaces each block's count by the sum of those before it, for 32 experts, one in each lane; the warps share the
 // blocks of slots. The block that finishes last knows all totals, and turns them into offsets.
 __global__ void __launch_bounds__(32 * kScanWarps)
-    scan_blocks_kernel(PermuteWorkspace workspace, int64_t num_blocks, int num_experts, int32_t* tokens_per_expert,
-                       int32_t* expert_offsets) {
+    scan_blocks_kernel(PermuteWorkspace workspace, int64_t num_blocks, int num_experts, int32_t row_capacity,
+                       int32_t* tokens_per_expert, int32_t* expert_offsets) {
   DYNAMIC_MOE_SHARED(int32_t, sums, kScanWarps* kScannedExperts);
   DYNAMIC_MOE_SHARED(int32_t, warp_totals, kScanWarps);
   DYNAMIC_MOE_SHARED(int32_t, is_last, 1);
@@ -122,11 +122,12 @@ __global__ void __launch_bounds__(32 * kScanWarps)
   __syncthreads();
   if (load_shared(is_last) == 0) return;
   __threadfence();  // everybody's totals, after they were counted as finished
-  scan_experts(tokens_per_expert, num_experts, expert_offsets, warp_totals);
+  scan_experts(tokens_per_expert, num_experts, row_capacity, expert_offsets, warp_totals);
 }
 
 // The row of each slot of a warp, in order. next[e]: the next row of expert e, the warp's own.
-__device__ inline void place_slots(const PermuteParams& p, int64_t begin, int64_t end, int lane, int32_t* next) {
+__device__ inline void place_slots(const PermuteParams& p, int32_t num_rows, int64_t begin, int64_t end, int lane,
+                                   int32_t* next) {
   for (int64_t first = begin; first < end; first += 32) {
     const int64_t slot = first + lane;
     const int32_t id = slot < end ? load_global(p.expert_ids + slot) : -1;
@@ -141,6 +142,7 @@ __device__ inline void place_slots(const PermuteParams& p, int64_t begin, int64_
       if (live && before == 0) store_shared(next + id, row + __popc(peers));
       __syncwarp();
     }
+    if (row >= num_rows) row = -1;
     if (slot < end) store_global(p.slot_row + slot, row);
     if (row >= 0) {
       store_global(p.row_token + row,
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(256)
     }
   }
   __syncthreads();
-  place_slots(p, begin, end, lane, own);
+  place_slots(p, static_cast<int32_t>(num_rows), begin, end, lane, own);
 
   // Rows that are not there.
   const int64_t live_rows = load_global(p.expert_offsets + p.num_experts);

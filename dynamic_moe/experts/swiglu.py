@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dynamic_moe import ops
 from dynamic_moe._checks import check_dense, check_positive, check_std, check_weight_dtype, flatten_tokens
 from dynamic_moe.experts.prepack import Prepackable
+from dynamic_moe.ops._permutation import check_row_capacity
 
 
 class SwiGLUExperts(Prepackable):
@@ -19,9 +20,12 @@ class SwiGLUExperts(Prepackable):
     ----------
     num_experts, hidden_size, intermediate_size : int
         E, H and I.
+    row_capacity : int, optional
+        Use buffers of this many rows, so that the host never waits for a CUDA device and a CUDA graph can hold the
+        call. (Token, expert) pairs that do not fit are dropped; see :func:`dynamic_moe.ops.permute`, which also counts
+        them. Default: exactly the rows that there are.
     static_rows : bool, default False
-        Use buffers of T * K rows, so that the host never waits for a CUDA device and a CUDA graph can hold the call;
-        see :func:`dynamic_moe.ops.permute`.
+        Deprecated: a row capacity of T * K, which drops nothing.
     init_std : float, default 0.02
         The weights start as N(0, init_std^2).
     device, dtype : optional
@@ -41,6 +45,7 @@ class SwiGLUExperts(Prepackable):
         hidden_size: int,
         intermediate_size: int,
         *,
+        row_capacity: int | None = None,
         static_rows: bool = False,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
@@ -50,6 +55,7 @@ class SwiGLUExperts(Prepackable):
         self.num_experts = check_positive("num_experts", num_experts)
         self.hidden_size = check_positive("hidden_size", hidden_size)
         self.intermediate_size = check_positive("intermediate_size", intermediate_size)
+        self.row_capacity = check_row_capacity(row_capacity, static_rows)
         self.static_rows = static_rows
         self.init_std = check_std(init_std)
         check_weight_dtype(dtype)
@@ -94,13 +100,16 @@ class SwiGLUExperts(Prepackable):
         check_same_dtype(x, self.gate_up_proj)
         num_slots = expert_ids.shape[-1]
         ids_TK, weights_TK = expert_ids.reshape(-1, num_slots), expert_weights.reshape(-1, num_slots)
+        permutation = None
+        if self.row_capacity is not None or self.static_rows:
+            permutation = ops.permute(
+                ids_TK, self.num_experts, row_capacity=self.row_capacity, static_rows=self.static_rows
+            )
         packed = self._packed_for(x_TH, weights_TK)
         if packed is not None:
-            y_TH = ops.expert_mlp_prepacked(x_TH, packed, ids_TK, weights_TK)
+            y_TH = ops.expert_mlp_prepacked(x_TH, packed, ids_TK, weights_TK, permutation)
         else:
-            y_TH = ops.expert_mlp(
-                x_TH, self.gate_up_proj, self.down_proj, ids_TK, weights_TK, static_rows=self.static_rows
-            )
+            y_TH = ops.expert_mlp(x_TH, self.gate_up_proj, self.down_proj, ids_TK, weights_TK, permutation)
         return y_TH.reshape(x.shape)
 
     def _stacked_weights(self) -> tuple[Tensor, Tensor]:
@@ -108,9 +117,10 @@ class SwiGLUExperts(Prepackable):
 
     def extra_repr(self) -> str:
         """Sizes."""
+        capacity = "" if self.row_capacity is None else f", row_capacity={self.row_capacity}"
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}" + (", static_rows=True" if self.static_rows else "")
+            f"intermediate_size={self.intermediate_size}{', static_rows=True' if self.static_rows else capacity}"
         )
 
 

@@ -34,6 +34,7 @@ def expert_mlp(
     expert_weights: Tensor,
     permutation: Permutation | None = None,
     *,
+    row_capacity: int | None = None,
     static_rows: bool = False,
 ) -> Tensor:
     r"""Send each token through its experts and sum their outputs by weight.
@@ -41,12 +42,12 @@ def expert_mlp(
     .. math:: y_t = \sum_k w_{tk} \, W^{down}_e (\operatorname{silu}(g) \odot u),
               \quad (g, u) = W^{gate,up}_e x_t, \quad e = \text{expert\_ids}_{tk}
 
-    Nothing is padded and no token is dropped; a token without an expert gets 0; an expert without a token costs
-    nothing and has a gradient of exactly 0. For the backward pass ``x`` and the pre-activation [R, 2I] are kept, and
-    nothing else; without a gradient to compute, nothing is. Sums are float32 (float64 for float64). In float16 the
-    activation ``silu(g) * u`` and all gradients must stay within 65504, or they are infinite; the pre-activation need
-    not: the backward pass sums again what was too large to keep. Under autocast
-    ``x`` and the projections are cast to its dtype. On CUDA, float32 is multiplied as exactly as torch is told to
+    Nothing is padded, and nothing dropped without a ``row_capacity``; a token without an expert gets 0; an expert
+    without a token costs nothing and has a gradient of exactly 0. For the backward pass ``x`` and the pre-activation
+    [R, 2I] are kept, and nothing else; without a gradient to compute, nothing is. Sums are float32 (float64 for
+    float64). In float16 the activation ``silu(g) * u`` and all gradients must stay within 65504, or they are infinite;
+    the pre-activation need not: the backward pass sums again what was too large to keep. Under autocast ``x`` and the
+    projections are cast to its dtype. On CUDA, float32 is multiplied as exactly as torch is told to
     (``torch.backends.cuda.matmul.fp32_precision``).
 
     Parameters
@@ -63,9 +64,9 @@ def expert_mlp(
         [T, K]; used as float32 (float64 where ``x`` is float64). Differentiable; the gradient in unused slots is 0.
     permutation : Permutation, optional
         ``permute(expert_ids, E)`` where the caller has it already. Default: computed here.
-    static_rows : bool, default False
-        How to compute it here, see `permute`: with T * K rows the host never waits for the device, and the
-        pre-activation that is kept is [T * K, 2I].
+    row_capacity, static_rows
+        How to compute it here, see `permute`: with a row capacity C the host never waits for the device, and the
+        pre-activation that is kept is [C, 2I].
 
     Returns
     -------
@@ -95,7 +96,7 @@ def expert_mlp(
         expert_weights=expert_weights,
     )
     if permutation is None:
-        permutation = permute(expert_ids, num_experts, static_rows=static_rows)
+        permutation = permute(expert_ids, num_experts, row_capacity=row_capacity, static_rows=static_rows)
     expert_weights = expert_weights.to(accumulator_dtype(x.dtype))
     keep_pre_activation = needs_grad(x, gate_up_proj, down_proj, expert_weights)
     y: Tensor

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dynamic_moe._checks import check_positive
 from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     accumulator_dtype,
@@ -16,18 +17,22 @@ from dynamic_moe.ops._common import (
     check_device,
     check_float64,
     check_tensor,
+    checked_mode,
     differentiable,
     differentiable_once,
     raw,
     register_fake,
 )
 
+# Row capacities of the raw operator: R, whatever it is, and one row for each slot.
+_EXACT, _EVERY_SLOT = -1, 2**31 - 1
+
 
 class Permutation(NamedTuple):
     """Where the rows of each expert are. Everything is int32.
 
-    R is the number of live rows. After ``permute(..., static_rows=True)`` ``row_token`` and ``row_slot`` hold T * K
-    rows, of which the first R are live.
+    R is the number of live rows. With a row capacity ``row_token`` and ``row_slot`` hold that many rows, at most T * K,
+    of which the first R are live.
 
     Attributes
     ----------
@@ -40,7 +45,9 @@ class Permutation(NamedTuple):
     row_slot : Tensor
         [R]. The flat slot t * K + k of each row.
     slot_row : Tensor
-        [T, K]. The row of each slot; -1 if it is unused.
+        [T, K]. The row of each slot; -1 if it is unused, or was dropped.
+    overflow : Tensor or None
+        Scalar: how many (token, expert) pairs the row capacity dropped. None without a capacity, as none can be.
     """
 
     tokens_per_expert: Tensor
@@ -48,13 +55,16 @@ class Permutation(NamedTuple):
     row_token: Tensor
     row_slot: Tensor
     slot_row: Tensor
+    overflow: Tensor | None = None
 
 
-def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) -> Permutation:
+def permute(
+    expert_ids: Tensor, num_experts: int, *, row_capacity: int | None = None, static_rows: bool = False
+) -> Permutation:
     """Sort the (token, expert) pairs by expert, then by token.
 
     Nothing is padded: R, the number of rows, is the number of used slots, and depends on the data. On CUDA the host
-    waits for it once, unless ``static_rows`` is given.
+    waits for it once, unless ``row_capacity`` is given.
 
     Parameters
     ----------
@@ -62,11 +72,15 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
         int32 or int64 [T, K]. An id outside [0, E) marks an unused slot.
     num_experts : int
         E >= 1.
+    row_capacity : int, optional
+        Let the row buffers, here and in every operator that takes the permutation, hold this many rows, but never more
+        than T * K, so that no shape depends on data: nothing waits for the device, and a CUDA graph can hold the call.
+        What stands in row buffers beyond R has no meaning. Where R would be larger, pairs are dropped until the rest
+        fits, and counted in ``overflow``: those in the last slot first, in a slot those of the last tokens first. In
+        checked mode that is an error instead. T * K rows always suffice; some row capacity is needed on the meta
+        device, and under ``torch.func.vmap``, which runs the operators once for each element of the mapped dimension.
     static_rows : bool, default False
-        Let the row buffers, here and in every operator that takes the permutation, hold T * K rows, so that no shape
-        depends on data: nothing waits for the device, and a CUDA graph can hold the call. Results are the same; what
-        stands in row buffers beyond R has no meaning. It costs memory for the unused slots. Needed on the meta device,
-        and under ``torch.func.vmap``, which runs the operators once for each element of the mapped dimension.
+        Deprecated: a row capacity of T * K, by its older name.
 
     Returns
     -------
@@ -75,8 +89,9 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
     Raises
     ------
     ValueError
-        If ``expert_ids`` has another dtype or number of dimensions, ``num_experts`` is not a positive integer, T * K
-        does not fit into 31 bits, or ``static_rows`` is needed and not given.
+        If ``expert_ids`` has another dtype or number of dimensions, ``num_experts`` or ``row_capacity`` is not a
+        positive integer, T * K does not fit into 31 bits, ``row_capacity`` is needed and not given, or, in checked
+        mode, it does not suffice.
     """
     check_tensor("expert_ids", expert_ids, (torch.int32, torch.int64), T=None, K=None)
     if type(num_experts) is not int:
@@ -85,12 +100,44 @@ def permute(expert_ids: Tensor, num_experts: int, *, static_rows: bool = False) 
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     if expert_ids.dtype == torch.int64:
         expert_ids = expert_ids.clamp(-1, num_experts).to(torch.int32)  # clamped: 2**32 must not wrap to expert 0
+    overflow = None
+    if row_capacity is not None:
+        check_row_capacity(row_capacity, static_rows)
+        if row_capacity < expert_ids.numel():
+            expert_ids, overflow = _drop_overflow(expert_ids, num_experts, row_capacity)
+        else:
+            overflow = expert_ids.new_zeros(())
+    elif static_rows:
+        row_capacity = _EVERY_SLOT
+    raw_capacity = _EXACT if row_capacity is None else row_capacity
     try:
-        return Permutation(*raw.permute.default(expert_ids, num_experts, static_rows))
+        return Permutation(*raw.permute.default(expert_ids, num_experts, raw_capacity), overflow=overflow)
     except RuntimeError as error:
-        if static_rows:
+        if row_capacity is not None:
             raise
         _refuse_dynamic_rows(expert_ids, error)
+
+
+def check_row_capacity(row_capacity: int | None, static_rows: bool) -> int | None:
+    """Return the capacity if it is None or an integer of at least 1, and not given by both of its names."""
+    if row_capacity is None:
+        return None
+    if static_rows:
+        raise ValueError(f"static_rows must be False where row_capacity is given, got {static_rows!r}")
+    return check_positive("row_capacity", row_capacity)
+
+
+def _drop_overflow(expert_ids: Tensor, num_experts: int, row_capacity: int) -> tuple[Tensor, Tensor]:
+    """Mark the slots as unused that do not fit; also returns how many they are."""
+    num_tokens, max_experts = expert_ids.shape
+    used = (expert_ids >= 0) & (expert_ids < num_experts)
+    # Every token's first slot comes before any token's second one.
+    rank = used.t().reshape(-1).cumsum(0).view(max_experts, num_tokens).t()
+    dropped = used & (rank > row_capacity)
+    overflow = dropped.sum(dtype=torch.int32)
+    if checked_mode() and not torch.compiler.is_compiling() and expert_ids.device.type != "meta" and overflow:
+        raise ValueError(f"row_capacity must be at least the number of used slots, {used.sum()}, got {row_capacity}")
+    return torch.where(dropped, num_experts, expert_ids), overflow
 
 
 def _refuse_dynamic_rows(expert_ids: Tensor, error: RuntimeError) -> NoReturn:
@@ -101,7 +148,7 @@ def _refuse_dynamic_rows(expert_ids: Tensor, error: RuntimeError) -> NoReturn:
         where = "under torch.func.vmap every element of the mapped dimension would have another number of rows"
     else:
         raise error
-    raise ValueError(f"static_rows must be True, got False: {where}") from error
+    raise ValueError(f"row_capacity must be given, got None: {where}") from error
 
 
 def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
@@ -142,8 +189,13 @@ def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
 
 
 @register_fake(raw.permute.default)
-def _permute_fake(expert_ids: Tensor, num_experts: int, static_rows: bool = False) -> tuple[Tensor, ...]:
-    num_rows: Any = expert_ids.numel() if static_rows else torch.library.get_ctx().new_dynamic_size()
+def _permute_fake(expert_ids: Tensor, num_experts: int, row_capacity: int = _EXACT) -> tuple[Tensor, ...]:
+    if row_capacity == _EXACT:
+        num_rows: Any = torch.library.get_ctx().new_dynamic_size()
+    elif row_capacity == _EVERY_SLOT:
+        num_rows = expert_ids.numel()
+    else:
+        num_rows = torch.sym_min(row_capacity, expert_ids.numel())  # type: ignore[no-untyped-call]
     sizes: tuple[Any, ...] = ((num_experts,), (num_experts + 1,), (num_rows,), (num_rows,), expert_ids.shape)
     return tuple(expert_ids.new_empty(size) for size in sizes)
 

@@ -421,7 +421,7 @@ def test_the_meta_device_has_shapes_where_rows_are_static() -> None:
     (y.sum() + losses.load_balancing(routing)).backward()
     assert (y.shape, y.device.type) == (x.shape, "meta")
     assert all(parameter.grad is not None for parameter in layer.parameters())
-    with pytest.raises(ValueError, match="static_rows must be True, got False: on the meta device"):
+    with pytest.raises(ValueError, match="row_capacity must be given, got None: on the meta device"):
         make(device="meta")(x)
 
 
@@ -443,7 +443,7 @@ def test_gradients_of_each_sample_need_static_rows(static_rows: bool) -> None:
             for name, expected in torch.func.grad(loss)(parameters, x).items():
                 torch.testing.assert_close(gradients[name][index], expected)
     else:
-        with pytest.raises(ValueError, match=r"static_rows must be True, got False: under torch.func.vmap"):
+        with pytest.raises(ValueError, match=r"row_capacity must be given, got None: under torch.func.vmap"):
             of_each(parameters, samples)
 
 
