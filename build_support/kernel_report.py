@@ -118,9 +118,9 @@ def lines(kernels: list[Compiled], runs: dict[str, str | None], nvcc: str, state
     yield ""
     yield (
         f"Written by `make cuda-check` with nvcc {nvcc} for the state `{state}`; no GPU was used. It fails on local "
-        "memory (spills), on a hot loop of a tensor-core product without HMMA, LDSM and 16-byte LDGSTS, on a one- or two-byte store in an "
-        "aligned epilogue, on more registers than `csrc/grouped_matmul/policy.h` allows, and on a device without "
-        "code. [cuda.md](cuda.md) explains the kernels."
+        "memory (spills), on a hot loop of a tensor-core product without HMMA, LDSM and 16-byte LDGSTS, on a one- or "
+        "two-byte store in an aligned epilogue, on more registers than `csrc/grouped_matmul/policy.h` allows, and on a "
+        "device without code. [cuda.md](cuda.md) explains the kernels."
     )
     yield ""
     yield "## Findings"

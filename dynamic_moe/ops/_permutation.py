@@ -111,7 +111,7 @@ def permute(
         row_capacity = _EVERY_SLOT
     raw_capacity = _EXACT if row_capacity is None else row_capacity
     try:
-        return Permutation(*raw.permute.default(expert_ids, num_experts, raw_capacity), overflow=overflow)
+        return Permutation(*raw.permute.default(expert_ids, num_experts, raw_capacity))._replace(overflow=overflow)
     except RuntimeError as error:
         if row_capacity is not None:
             raise

@@ -447,6 +447,25 @@ def test_gradients_of_each_sample_need_static_rows(static_rows: bool) -> None:
             of_each(parameters, samples)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.level_independent)])
+def test_a_row_capacity_drops_the_last_experts(compiled: bool) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(20, 24)
+    full = make(router=TopKRouter(24, 6, 3))
+    layer = make(router=TopKRouter(24, 6, 3), row_capacity=40)
+    layer.load_state_dict(full.state_dict())
+    y, routing = full(x, return_routing=True)
+    keep = torch.tensor([True, True, False]).expand(20, 3)
+    kept = routing.keep(keep)
+    expected = full.experts(x, kept.expert_ids, kept.expert_weights)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True) if compiled else layer
+    assert torch.equal(run(x), expected)
+    assert not torch.equal(expected, y)
+    assert torch.equal(run(x[:13]), full(x[:13]))  # 39 rows fit
+    with torch.no_grad():
+        assert_close(layer.prepack()(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore")  # every size that is compared is a constant of the trace
 def test_a_layer_is_traced() -> None:
     layer = DynamicMoE(hidden_size=24, intermediate_size=16, num_experts=6, shared_intermediate_size=8)

@@ -354,8 +354,50 @@ def test_combine_gives_no_gradient_to_rows_that_no_slot_names() -> None:
     assert torch.equal(rows.grad, torch.stack([dy[1], dy[0], torch.zeros(4)]))
 
 
-class TestStaticRows:
-    """Row buffers of T * K rows give what those of R rows give."""
+class TestRowCapacity:
+    """Row buffers of T * K rows give what those of R rows give; smaller ones drop last slots first."""
+
+    @pytest.mark.parametrize("excess", [-9, -1, 0, 1, 5])
+    def test_what_does_not_fit_is_dropped(self, excess: int) -> None:
+        problem = make_problem(grad=True)
+        x, gate_up, down, weights = problem.floats
+        capacity = problem.permutation.row_token.numel() + excess
+        p = ops.permute(problem.expert_ids, 4, row_capacity=capacity)
+        expected = reference.permute(problem.expert_ids, 4, row_capacity=capacity)
+        for a, b in zip(p, expected, strict=True):
+            assert torch.equal(a, b)
+        assert p.overflow.item() == max(-excess, 0)
+        assert p.row_token.shape == (capacity,)
+        dy = torch.randn_like(x)
+        kept = torch.where(p.slot_row >= 0, problem.expert_ids, -1)
+        results = []
+        for ids, options in ((problem.expert_ids, {"row_capacity": capacity}), (kept, {})):
+            y = ops.expert_mlp(x, gate_up, down, ids, weights, **options)
+            results.append([y, *torch.autograd.grad(y, problem.floats, dy)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        # Nobody loses a slot before everybody has lost all later ones.
+        lost = (p.slot_row < 0) & (problem.permutation.slot_row >= 0)
+        held = (p.slot_row >= 0).any(0)
+        assert not any(lost[:, k].any() and held[k + 1 :].any() for k in range(lost.shape[1]))
+
+    def test_too_little_is_an_error_in_checked_mode_and_in_the_raw_operator(self) -> None:
+        problem = make_problem()
+        rows = problem.permutation.row_token.numel()
+        message = f"row_capacity must be at least the number of used slots, {rows}, got {rows - 1}"
+        with pytest.raises(ValueError, match=message):
+            torch.ops.dynamic_moe.permute(problem.expert_ids, 4, rows - 1)
+        ops.set_checked_mode(True)
+        try:
+            ops.permute(problem.expert_ids, 4, row_capacity=rows)
+            with pytest.raises(ValueError, match=message):
+                ops.permute(problem.expert_ids, 4, row_capacity=rows - 1)
+        finally:
+            ops.set_checked_mode(False)
+        for wrong in (0, -1, 2.0, True):
+            with pytest.raises(ValueError, match="row_capacity must be an integer of at least 1, got"):
+                ops.permute(problem.expert_ids, 4, row_capacity=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="static_rows must be False where row_capacity is given, got True"):
+            ops.permute(problem.expert_ids, 4, row_capacity=rows, static_rows=True)
 
     def test_permutation_is_the_same_with_zeros_behind(self) -> None:
         problem = make_problem()
@@ -366,8 +408,9 @@ class TestStaticRows:
             assert torch.equal(getattr(exact, name), getattr(static, name))
         for name in ("row_token", "row_slot"):
             assert torch.equal(getattr(static, name), pad(getattr(exact, name), (0, slots - rows)))
-        for a, b in zip(static, reference.permute(problem.expert_ids, 4, static_rows=True), strict=True):
+        for a, b in zip(static[:-1], reference.permute(problem.expert_ids, 4, static_rows=True)[:-1], strict=True):
             assert torch.equal(a, b)
+        assert exact.overflow is static.overflow is None
 
     def test_expert_pass_is_the_same_bit_for_bit(self) -> None:
         problem = make_problem(grad=True)
