@@ -463,7 +463,7 @@ def test_a_row_capacity_drops_the_last_experts(compiled: bool) -> None:
     assert not torch.equal(expected, y)
     assert torch.equal(run(x[:13]), full(x[:13]))  # 39 rows fit
     with torch.no_grad():
-        assert_close(layer.prepack()(x), expected)
+        torch.testing.assert_close(layer.prepack()(x), expected)
 
 
 @pytest.mark.filterwarnings("ignore")  # every size that is compared is a constant of the trace
