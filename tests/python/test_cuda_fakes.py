@@ -95,7 +95,7 @@ def test_fake_results_lie_on_the_device(fake: FakeTensorMode, dtype: torch.dtype
         p,
     )
     assert (z.shape, z.dtype) == ((T, H), dtype)
-    for tensor in (*gating, *p, rows, y, z):
+    for tensor in (*gating, *p[:-1], rows, y, z):
         assert tensor.device.type == "cuda"
 
 

@@ -113,6 +113,7 @@ def raw_calls() -> list[Any]:
             id="gating_backward",
         ),
         pytest.param(raw.permute.default, (problem.expert_ids, E), id="permute"),
+        pytest.param(raw.permute.default, (problem.expert_ids, E, 1000), id="permute with a row capacity"),
         pytest.param(raw.combine.default, (rows, problem.expert_weights, p.slot_row), id="combine"),
         pytest.param(raw.combine.default, (rows, None, p.slot_row), id="combine without weights"),
         pytest.param(
