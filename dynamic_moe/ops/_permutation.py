@@ -111,11 +111,12 @@ def permute(
         row_capacity = _EVERY_SLOT
     raw_capacity = _EXACT if row_capacity is None else row_capacity
     try:
-        return Permutation(*raw.permute.default(expert_ids, num_experts, raw_capacity))._replace(overflow=overflow)
+        permutation = Permutation(*raw.permute.default(expert_ids, num_experts, raw_capacity))
     except RuntimeError as error:
         if row_capacity is not None:
             raise
         _refuse_dynamic_rows(expert_ids, error)
+    return permutation if overflow is None else permutation._replace(overflow=overflow)
 
 
 def check_row_capacity(row_capacity: int | None, static_rows: bool) -> int | None:
