@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
+from dynamic_moe.ops._torch_private import current_backward_pass, set_side_effects_in_checkpoints
 from dynamic_moe.routing import Routing, expects_gradient, mark_missing_gradient
 
 # Wrappers put these into the names of modules; the name that the user wrote has none of them.
@@ -99,13 +100,13 @@ class _Block:
 
     def __init__(self, routings: CollectedRoutings) -> None:
         self.routings: CollectedRoutings | None = routings  # None once it is closed: contexts keep the block itself
-        self.graph_task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        self.backward_pass = -1 if torch.compiler.is_compiling() else current_backward_pass()
         self.config: bool | None = None  # what to set the compiler's option to after the last block
 
     def __bool__(self) -> bool:
         # In another backward pass than the one the block was opened in, a layer only repeats a checkpointed forward
         # pass, which was recorded when it ran first.
-        return self.routings is not None and torch._C._current_graph_task_id() == self.graph_task
+        return self.routings is not None and current_backward_pass() == self.backward_pass
 
     # torch.compile does not trace a property whose getter is a builtin function: every call of compiled code reads it,
     # as a guard.
@@ -197,7 +198,7 @@ class collect_routing:
             _traced.blocks.append(block)
         else:
             others = _blocks_here()
-            block.config = others[0].config if others else _set_side_effects_in_checkpoints(True)
+            block.config = others[0].config if others else set_side_effects_in_checkpoints(True)
             _open_blocks.set((*others, block))
         return routings
 
@@ -255,19 +256,7 @@ def _close(block: _Block) -> None:
     others = _blocks_here()
     _open_blocks.set(tuple(others) if others else _context)
     if was_here and not others:
-        _set_side_effects_in_checkpoints(block.config)
-
-
-def _set_side_effects_in_checkpoints(value: bool | None) -> bool | None:
-    """Let the compiler record inside a checkpointed region, once, and not again in the recomputation.
-
-    Returns what the option was before; None where there is none. It belongs to the context, as the blocks do.
-    """
-    config: Any = sys.modules.get("torch._dynamo.config")  # absent: nothing can have been compiled yet
-    before: bool | None = getattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint", None)
-    if before is not None and value is not None:
-        config.skip_fwd_side_effects_in_bwd_under_checkpoint = value
-    return before
+        set_side_effects_in_checkpoints(block.config)
 
 
 def _warn_of_reentrant_checkpointing(routings: CollectedRoutings, layer: nn.Module) -> None:

@@ -19,7 +19,7 @@ def packable_parameter(module: nn.Module, name: str) -> nn.Parameter:
     ValueError
         If it is no parameter, or other code or other processes may change its values unseen.
     """
-    weight = module._parameters.get(name)
+    weight = dict(module.named_parameters(recurse=False)).get(name)
     if weight is None:
         raise ValueError(
             f"{name} must be a parameter of {type(module).__name__} to be packed, got a tensor that other code "

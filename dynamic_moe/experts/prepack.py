@@ -18,6 +18,7 @@ from dynamic_moe import ops
 from dynamic_moe.experts._packable import is_plain, packable_parameter
 from dynamic_moe.ops import PackedExperts
 from dynamic_moe.ops._common import needs_grad
+from dynamic_moe.ops._torch_private import transforms_are_active
 
 
 class PackedCopy:
@@ -163,7 +164,7 @@ class Prepackable(nn.Module):
         """Tell whether the weights of this call are those that were packed; drop the copy if they have changed."""
         if torch.compiler.is_exporting():
             return True  # it puts tensors of its own in the place of the weights
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and transforms_are_active():
             return False  # tensors without an address may stand in the place of the weights
         if packed.is_of(gate_up_proj, down_proj) and packed.is_current:
             return True

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
@@ -79,7 +78,7 @@ def _weight(experts: Any, name: str, x: Tensor) -> Tensor:
     wanted, advice = "", "use another experts_implementation"
     if not isinstance(weight, Tensor) or weight.dim() != 3:
         wanted, got = "one tensor for all experts", type(weight).__name__
-    elif is_traceable_wrapper_subclass(weight):
+    elif hasattr(weight, "__tensor_flatten__"):
         wanted, got = "a plain tensor", f"{type(weight).__name__} (quantized or sharded)"
         advice = "load the model without quantization and without tensor parallelism, or " + advice
     elif weight.layout != torch.strided:

@@ -240,7 +240,8 @@ def write_tensors(
         if shard and held + size > max_shard_bytes:
             flush()
             held = 0
-        shard[name] = tensor.contiguous().clone() if tensor._is_view() else tensor.contiguous()
+        # A copy: a view would be written with all that it views.
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format)
         held += size
         total += size
     flush()

@@ -10,10 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.autograd import forward_ad
 
-from dynamic_moe.ops._torch_private import raise_value_errors, register_autograd
+from dynamic_moe.ops._torch_private import (
+    OpOverload,
+    eager_call,
+    raise_value_errors,
+    register_autograd,
+    transforms_are_active,
+)
 
 raw = torch.ops.dynamic_moe
 raise_value_errors()
@@ -112,7 +116,8 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], **s
 
 def as_int(name: str, value: Any) -> int:
     """Return an integer of another type (NumPy's, a symbolic one) as torch takes it; a ValueError for what is none."""
-    if isinstance(value, torch.SymInt) or torch._C._is_tracing():  # torch takes both as an int
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or isinstance(value, torch.SymInt):  # torch takes both as an int
         return value  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be an integer, got {value!r}")
@@ -171,7 +176,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
         return False
     # Inside torch.func.grad the tensors are wrappers whose flag need not tell.
     return any(tensor is not None and tensor.requires_grad for tensor in tensors) or (
-        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        not torch.compiler.is_compiling() and transforms_are_active()
     )
 
 
@@ -188,8 +193,7 @@ def differentiable(
 
     The gradient is registered with the operator, so that whoever calls ``torch.ops.dynamic_moe`` directly, an exported
     program and ``torch.compile`` have it. In eager mode that registered path costs several times what a small operator
-    itself does, also where no gradient is needed; the returned function goes around it: through an
-    ``autograd.Function`` made of the same two halves, or straight to the kernel.
+    itself does, also where no gradient is needed; the returned function goes around it (`eager_call`).
 
     Neither path has a forward-mode derivative: a tensor that carries a tangent is an error, never a tangent of zero.
 
@@ -209,21 +213,7 @@ def differentiable(
         Takes the operator's arguments by position and returns its results.
     """
     register_autograd(op, setup_context, backward)
-    function = _eager_function(op, setup_context, backward)
-    functorch_function = _functorch_function(op, setup_context, backward)
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
-        if torch._C._are_functorch_transforms_active():
-            return functorch_function.apply(*args)
-        # The Function raises where a tensor carries a forward-mode tangent; the kernel would drop it.
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return call
+    return eager_call(op, setup_context, backward)
 
 
 def differentiable_once(op: OpOverload) -> Callable[..., Any]:
@@ -256,33 +246,3 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
         "a second derivative was asked for: gating, permutation and expert products of dynamic_moe have a first "
         "derivative only; dynamic_moe.reference holds the same functions in PyTorch, differentiable any number of times"
     )
-
-
-def _eager_function(op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
-    """Make the autograd.Function of eager mode, in the form that costs least to call."""
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
-        setup_context(ctx, args, output)
-        return output
-
-    # The backward half must not run below autograd: unpacking the saved tensors recomputes a checkpointed region, and
-    # that forward pass has to be recorded.
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(_class_name(op), (torch.autograd.Function,), members)
-
-
-def _functorch_function(op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
-    """Make the autograd.Function that torch.func's transforms accept."""
-    members = {
-        "forward": staticmethod(lambda *args: op(*args)),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-        "generate_vmap_rule": True,
-    }
-    return type(f"{_class_name(op)}_functorch", (torch.autograd.Function,), members)
-
-
-def _class_name(op: OpOverload) -> str:
-    return str(op._name).replace("::", "_").replace(".", "_")

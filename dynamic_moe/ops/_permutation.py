@@ -23,6 +23,7 @@ from dynamic_moe.ops._common import (
     raw,
     register_fake,
 )
+from dynamic_moe.ops._torch_private import transforms_are_active
 
 # Row capacities of the raw operator: R, whatever it is, and one row for each slot.
 _EXACT, _EVERY_SLOT = -1, 2**31 - 1
@@ -145,7 +146,7 @@ def _refuse_dynamic_rows(expert_ids: Tensor, error: RuntimeError) -> NoReturn:
     """Say what is missing where the number of rows cannot depend on the data."""
     if expert_ids.device.type == "meta":
         where = "on the meta device there are no expert_ids to count"
-    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    elif not torch.compiler.is_compiling() and transforms_are_active():
         where = "under torch.func.vmap every element of the mapped dimension would have another number of rows"
     else:
         raise error

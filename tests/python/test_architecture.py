@@ -25,16 +25,16 @@ PACKAGE = {
     "_C": set(),
     "_checks": set(),
     "info": {"_C"},
-    "ops": {"_C"},
+    "ops": {"_C", "_checks"},
     "float32_linear": {"ops"},
-    "reference": {"ops"},
+    "reference": {"_checks", "ops"},
     "routing": {"_checks", "ops"},
     "losses": {"routing"},
-    "collect": {"routing"},
+    "collect": {"ops", "routing"},
     "routers": {"_checks", "float32_linear", "ops", "routing"},
     "experts": {"_checks", "float32_linear", "ops"},
     "layer": {"_checks", "collect", "experts", "routers", "routing"},
-    "integrations": {"layer", "ops", "routers", "routing"},
+    "integrations": {"_checks", "layer", "ops", "routers", "routing"},
     "models": {"collect", "experts", "integrations", "layer", "losses", "routers", "routing"},
     "convert": {"integrations", "models"},
 }
@@ -127,6 +127,58 @@ def test_imports_point_downwards(part: str) -> None:
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
     for path in files:
         assert set(imported(path.read_text())) <= PACKAGE[part] | {part}, path
+
+
+# Names with an underscore that the package uses and does not define, outside ops/_torch_private.py.
+PRIVATE_NAMES_ALLOWED = {
+    "_apply_gate",  # transformers': the experts that it lets a class of its own exchange
+    "_fields",  # of named tuples: documented
+    "_getframe",  # of sys: documented
+    "_make",  # of named tuples: documented
+    "_replace",  # of named tuples: documented
+    "_version",  # of tensors: what autograd counts changes by; without it prepack() fails at once, and nothing else
+}
+
+
+def private_names_of_torch(source: str) -> Iterator[str]:
+    """Private modules and names that a file takes from torch."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        yield from (name for name in names if re.match(r"torch\.(.*\.)?_(?!_)", name))
+
+
+def private_attributes(source: str) -> set[str]:
+    """Attributes with an underscore that a file reads, of whatever objects."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if re.match(r"_(?!_|dynamic_moe)", node.attr)}
+
+
+def defined_names(source: str) -> Iterator[str]:
+    """Names and attributes that a file gives a value."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def test_private_names_of_torch_are_in_one_file() -> None:
+    package = {path: path.read_text() for path in (ROOT / "dynamic_moe").rglob("*.py")}
+    others = {path: text for path, text in package.items() if path.name != "_torch_private.py"}
+    assert {path: names for path, text in others.items() if (names := list(private_names_of_torch(text)))} == {}
+    known = {name for text in package.values() for name in defined_names(text)} | {path.stem for path in package}
+    assert {name for text in others.values() for name in private_attributes(text)} - known == PRIVATE_NAMES_ALLOWED
+    code = "import torch._ops\nfrom torch._C import a\nfrom torch.autograd import _b\ntorch._C._x()\ntorch.a.b\n"
+    assert {"torch._ops", "torch._C.a", "torch.autograd._b", "torch._C._x"} <= set(private_names_of_torch(code))
+    assert "torch.a.b" not in set(private_names_of_torch(code))
 
 
 def test_an_import_upwards_is_noticed() -> None:
