@@ -3,7 +3,9 @@
 
 Builds the extension and the C++ tests with CUDA, runs ctest and pytest on the device, repeats the C++ tests under
 compute-sanitizer, measures. Where there is no device each step goes as far as the first call that needs one: the
-builds must succeed, the tests must be collected and skipped, and the report says "no device".
+builds must succeed, the tests must be collected and skipped, and the report says "no device". Where every step has
+passed on a device, its name goes into the package, to be committed: from then on the first use of a CUDA kernel no
+longer warns.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from compile_flags import ROOT
 from cuda_toolkit import cuda_toolkit
 
+RECORD = ROOT / "dynamic_moe" / "gpu_record.json"  # dynamic_moe/_gpu_record.py reads it
 REPORT = ROOT / "build" / "gpu-report.md"
 DEVICE_BUILD = ROOT / "build" / "device"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
@@ -92,6 +95,9 @@ def main() -> int:
     options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.write_text(report(device, steps))
     print(f"\nWrote {options.report}; {device or 'no device'}")
+    if device and all(step.status == "passed" for step in steps):
+        RECORD.write_text(json.dumps(record(), indent=2) + "\n")
+        print(f"Wrote {RECORD}: commit it")
     return 1 if any(step.status == "failed" for step in steps) else 0
 
 
@@ -122,6 +128,19 @@ def device_name() -> str | None:
     return (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() or None
     )
+
+
+def record() -> dict[str, str]:
+    """Return what the package is to say about the device that has passed."""
+    code = (
+        "import json; from dynamic_moe import info; found = info.collect(); gpu, build = found['gpus'][0], "
+        "found['dynamic_moe']; print(json.dumps({'device': gpu['name'], 'compute_capability': "
+        "gpu['compute_capability'], 'dynamic_moe': build['version'], 'torch': found['torch'], 'cuda': build['cuda']}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return json.loads(found.stdout) | {"date": time.strftime("%Y-%m-%d"), "commit": commit}
 
 
 def report(device: str | None, steps: list[Step]) -> str:

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 import torch
 
-from dynamic_moe import _C
+from dynamic_moe import _C, _gpu_record
 
 
 class Gpu(TypedDict):
@@ -39,6 +39,7 @@ class Info(TypedDict):
     supported_cpu_isas: list[str]
     amx_tiles: _C.AmxTiles
     gpus: list[Gpu]
+    gpu_record: _gpu_record.GpuRecord | None
 
 
 def collect(ask_for_tiles: bool = False) -> Info:
@@ -56,7 +57,8 @@ def collect(ask_for_tiles: bool = False) -> Info:
         Plain values that ``json.dumps`` takes. ``dynamic_moe`` is what the native part was built with; ``cpus`` counts
         the processors that this process may use and ``threads`` those that torch uses. ``amx_tiles["state"]`` is "not
         in this build", "not on this processor", "not saved by this operating system", "not asked for yet", "granted"
-        or "refused", the last with a ``reason``.
+        or "refused", the last with a ``reason``. ``gpu_record`` is where `make gpu-check` has
+        passed, or None.
     """
     return {
         "dynamic_moe": _C.build_info(),
@@ -71,6 +73,7 @@ def collect(ask_for_tiles: bool = False) -> Info:
         "supported_cpu_isas": _C.supported_cpu_isas(),
         "amx_tiles": _C.amx_tiles(ask_for_tiles),
         "gpus": [gpu(index) for index in range(torch.cuda.device_count())],
+        "gpu_record": _gpu_record.read(),
     }
 
 
@@ -110,6 +113,17 @@ def tiles_text(info: Info) -> str:
     return f"refused: {tiles['reason']}" + (follows if info["cpu_isa"] == "amx" else "")
 
 
+def record_text(info: Info) -> str:
+    """Say on which device `make gpu-check` has passed."""
+    record = info["gpu_record"]
+    if record is None:
+        return "no GPU yet: no passed run of make gpu-check is recorded"
+    return (
+        f"{record['device']} (compute capability {record['compute_capability']}), {record['date']}, "
+        f"commit {record['commit']}, torch {record['torch']}, CUDA {record['cuda']}"
+    )
+
+
 def as_text(info: Info) -> str:
     """Lay `info` out for people."""
     build = info["dynamic_moe"]
@@ -128,6 +142,7 @@ def as_text(info: Info) -> str:
         "CPU level": f"{info['cpu_isa']} (supported here: {', '.join(info['supported_cpu_isas'])})",
         "AMX tiles": tiles_text(info),
         "CUDA kernels": f"for {architectures} (CUDA {build['cuda']})" if architectures else "none in this build",
+        "confirmed on": record_text(info),
         "GPU": "; ".join(gpus) or "none seen",
     }
     width = max(map(len, rows))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dynamic_moe._gpu_record import warn_unless_confirmed
 from dynamic_moe.ops._torch_private import (
     OpOverload,
     eager_call,
@@ -137,16 +138,18 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {device} like the other arguments, got {tensor.device}")
 
 
-def check_float64(name: str, tensor: Tensor) -> None:
-    """Check that an argument is not float64 on CUDA, where no kernel computes in it.
+def check_cuda(name: str, tensor: Tensor) -> None:
+    """Check that an argument is not float64 on CUDA, where no kernel computes in it; warn if no GPU has run those yet.
 
     Raises
     ------
     ValueError
         If it is.
     """
-    if tensor.dtype == torch.float64 and tensor.device.type == "cuda":
-        raise ValueError(f"{name} must be float32, bfloat16 or float16 on CUDA, got float64")
+    if tensor.is_cuda:
+        if tensor.dtype == torch.float64:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16 on CUDA, got float64")
+        warn_unless_confirmed()
 
 
 def allow_tf32(x: Tensor) -> bool:

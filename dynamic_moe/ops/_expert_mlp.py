@@ -14,8 +14,8 @@ from dynamic_moe.ops._common import (
     accumulator_dtype,
     allow_tf32,
     autocast,
+    check_cuda,
     check_device,
-    check_float64,
     check_tensor,
     differentiable,
     differentiable_once,
@@ -80,7 +80,7 @@ def expert_mlp(
     """
     check_tensor("x", x, FLOAT_DTYPES, T=None, H=None)
     x, gate_up_proj, down_proj = autocast(x, gate_up_proj, down_proj)
-    check_float64("x", x)
+    check_cuda("x", x)
     num_tokens, hidden_size = x.shape
     check_tensor("down_proj", down_proj, (x.dtype,), E=None, H=hidden_size, I=None)
     num_experts, _, intermediate_size = down_proj.shape

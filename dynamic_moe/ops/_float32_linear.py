@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dynamic_moe._gpu_record import warn_unless_confirmed
 from dynamic_moe.ops._common import differentiable, raw, register_fake
 
 
@@ -26,6 +27,8 @@ def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     weight : Tensor
         [E, H], float32, bfloat16 or float16.
     """
+    if x.is_cuda:
+        warn_unless_confirmed()
     logits: Tensor = _forward(x, weight)
     return logits
 

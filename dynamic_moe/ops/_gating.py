@@ -16,8 +16,8 @@ from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     accumulator_dtype,
     as_int,
+    check_cuda,
     check_device,
-    check_float64,
     check_tensor,
     checked_mode,
     differentiable,
@@ -176,7 +176,7 @@ def top_k_gating(
 def check_gating(logits: Tensor, temperature: float, token_mask: Tensor | None) -> int:
     """Check what both rules share. Returns E."""
     check_tensor("logits", logits, FLOAT_DTYPES, T=None, E=None)
-    check_float64("logits", logits)
+    check_cuda("logits", logits)
     num_tokens, num_experts = logits.shape
     if num_experts < 1:
         raise ValueError(f"logits must have at least one expert, got shape {list(logits.shape)}")

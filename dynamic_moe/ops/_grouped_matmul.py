@@ -13,8 +13,8 @@ from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     allow_tf32,
     autocast,
+    check_cuda,
     check_device,
-    check_float64,
     check_tensor,
     differentiable,
     differentiable_once,
@@ -56,7 +56,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, expert_offsets: Tensor, row_token:
     """
     check_tensor("x", x, FLOAT_DTYPES, T=None, K=None)
     x, weight = autocast(x, weight)
-    check_float64("x", x)
+    check_cuda("x", x)
     check_tensor("weight", weight, (x.dtype,), E=None, N=None, K=x.shape[1])
     check_tensor("expert_offsets", expert_offsets, (torch.int32,), **{"E + 1": weight.shape[0] + 1})
     if row_token is not None:

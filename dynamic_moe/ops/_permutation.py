@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dynamic_moe._checks import check_positive
+from dynamic_moe._gpu_record import warn_unless_confirmed
 from dynamic_moe.ops._common import (
     FLOAT_DTYPES,
     accumulator_dtype,
     as_int,
+    check_cuda,
     check_device,
-    check_float64,
     check_tensor,
     checked_mode,
     differentiable,
@@ -95,6 +96,8 @@ def permute(
         mode, it does not suffice.
     """
     check_tensor("expert_ids", expert_ids, (torch.int32, torch.int64), T=None, K=None)
+    if expert_ids.is_cuda:
+        warn_unless_confirmed()
     if type(num_experts) is not int:
         num_experts = as_int("num_experts", num_experts)
     if num_experts < 1:
@@ -179,7 +182,7 @@ def combine(rows: Tensor, weights: Tensor | None, slot_row: Tensor) -> Tensor:
         If a shape, a dtype or a device does not fit, or an entry of ``slot_row`` is not a row.
     """
     check_tensor("rows", rows, FLOAT_DTYPES, R=None, H=None)
-    check_float64("rows", rows)
+    check_cuda("rows", rows)
     check_tensor("slot_row", slot_row, (torch.int32,), T=None, K=None)
     num_tokens, max_experts = slot_row.shape
     if weights is not None:

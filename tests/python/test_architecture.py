@@ -24,8 +24,9 @@ CSRC = {
 PACKAGE = {
     "_C": set(),
     "_checks": set(),
-    "info": {"_C"},
-    "ops": {"_C", "_checks"},
+    "_gpu_record": set(),
+    "info": {"_C", "_gpu_record"},
+    "ops": {"_C", "_checks", "_gpu_record"},
     "float32_linear": {"ops"},
     "reference": {"_checks", "ops"},
     "routing": {"_checks", "ops"},
@@ -203,7 +204,7 @@ def test_the_page_names_every_part() -> None:
 
 
 def test_the_page_says_who_may_use_whom() -> None:
-    helpers = {"_checks", "float32_linear"}
+    helpers = {"_checks", "_gpu_record", "float32_linear"}
     tables = {f"csrc/{part}": uses for part, uses in CSRC.items() if part != "bindings"}
     tables |= {f"dynamic_moe/{part}": uses - helpers for part, uses in PACKAGE.items() if part not in helpers | {"_C"}}
     said = {}

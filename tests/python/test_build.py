@@ -408,7 +408,7 @@ class TestInfo:
         assert rows["CPU level"].startswith(f"{_C.cpu_isa()} (supported here: scalar")
         assert set(rows) == {
             *("dynamic_moe", "Python", "torch", "OS", "processor", "threads", "CPU level", "AMX tiles", "CUDA kernels"),
-            "GPU",
+            *("confirmed on", "GPU"),
         }
         assert rows["AMX tiles"] == info.tiles_text(info.collect(ask_for_tiles=True))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA where there is no device: fake tensors, traced graphs, what is registered, what is refused. See test_gpu.py."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynamic_moe import _C, DynamicMoE, TopPRouter, losses, ops
+from dynamic_moe import _C, DynamicMoE, TopPRouter, _gpu_record, losses, ops
 
 pytestmark = pytest.mark.level_independent
 raw = torch.ops.dynamic_moe
@@ -326,3 +327,33 @@ def test_packing_is_refused_and_says_what_to_call(fake: FakeTensorMode) -> None:
 def test_tensors_of_two_devices_are_refused(fake: FakeTensorMode) -> None:
     with pytest.raises(ValueError, match=r"^weight must be on cuda:0 like the other arguments, got cpu$"):
         ops.grouped_matmul(empty(T, H), torch.empty(E, I, H, dtype=torch.bfloat16), empty(E + 1, dtype=torch.int32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("confirmed", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_first_use_warns_once_until_a_device_has_confirmed_the_kernels(
+    fake: FakeTensorMode,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+    compiled: bool,
+    confirmed: bool,
+) -> None:
+    torch._dynamo.reset()
+    warnings.simplefilter("always")
+    monkeypatch.setattr(_gpu_record, "is_confirmed", confirmed)
+    ids = empty(T, K, dtype=torch.int32)
+    calls = {
+        "permute": lambda: ops.permute(ids, E, static_rows=True),
+        "gating": lambda: ops.top_p_gating(empty(T, E)),
+        "linear": lambda: ops._float32_linear.float32_linear(empty(T, H), empty(E, H)),
+        "layer": lambda: layer()(empty(T, H)),
+    }
+    ops.top_p_gating(torch.randn(2, 3, device="cpu"))
+    for name, call in calls.items():
+        monkeypatch.setattr(_gpu_record, "_has_warned", False)
+        recwarn.clear()
+        for _ in range(2):
+            (torch.compile(call, backend="eager") if compiled and name != "layer" else call)()
+        found = [str(warning.message) for warning in recwarn if "no GPU has confirmed" in str(warning.message)]
+        assert len(found) == (0 if confirmed else 1), name

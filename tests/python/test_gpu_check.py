@@ -3,12 +3,15 @@
 
 import json
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from test_build import load
+
+from dynamic_moe import _gpu_record, info
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.level_independent
@@ -49,6 +52,31 @@ def test_the_report_names_the_device_and_holds_what_was_measured(monkeypatch, tm
     assert "Nothing ran" not in text
     assert "| A | bfloat16 | 32 | forward | dynamic_moe | 1.500 ms | 25% | 50% |" in text
     assert "| A | bfloat16 | 32 | training | ScatterMoE | ImportError: not installed | | |" in text
+
+
+@pytest.mark.parametrize("case", ["passed", "failed", "left out", "no device"])
+def test_only_a_run_that_passed_on_a_device_is_recorded(monkeypatch, tmp_path, case):
+    facts = {"device": "Some GPU", "compute_capability": "9.0", "dynamic_moe": "1", "torch": "2", "cuda": "13.0"}
+
+    def run(command, **_):
+        words = " ".join(map(str, command))
+        failed = case == "failed" and "pytest" in words
+        out = json.dumps(facts) if "json.dumps" in words else "abc-dirty\n" if "describe" in words else ""
+        return SimpleNamespace(returncode=int(failed), stdout=out)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(gpu_check, "cuda_toolkit", lambda: tmp_path)
+    monkeypatch.setattr(gpu_check, "device_name", lambda: None if case == "no device" else "Some GPU")
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda *_, **__: None if case == "left out" else "compute-sanitizer")
+    monkeypatch.setattr(gpu_check, "RECORD", record := tmp_path / "gpu_record.json")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--report", str(tmp_path / "report.md")])
+    assert gpu_check.main() == (case == "failed")
+    assert record.exists() == (case == "passed")
+    if case != "passed":
+        return
+    monkeypatch.setattr(_gpu_record, "PATH", record)
+    assert _gpu_record.read() == facts | {"commit": "abc-dirty", "date": time.strftime("%Y-%m-%d")}
+    assert "\nconfirmed on  Some GPU (compute capability 9.0), " in info.as_text(info.collect())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
