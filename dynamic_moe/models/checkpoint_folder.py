@@ -240,8 +240,8 @@ def write_tensors(
         if shard and held + size > max_shard_bytes:
             flush()
             held = 0
-        # A copy: a view would be written with all that it views.
-        shard[name] = tensor.clone(memory_format=torch.contiguous_format)
+        is_view = tensor.untyped_storage().nbytes() != tensor.nbytes  # it would be written with all that it views
+        shard[name] = tensor.contiguous().clone() if is_view else tensor.contiguous()
         held += size
         total += size
     flush()
