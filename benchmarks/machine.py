@@ -53,16 +53,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the working tree; marked if tracked files were changed after it."""
-    folder = Path(__file__).resolve().parent
+    """Of the working tree; marked if tracked files were changed after it, results of other cases excepted."""
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*"],
-            cwd=folder, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except OSError:
+        name = _git("describe", "--always", "--abbrev=10", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ":/", ":(exclude,top)benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return result.stdout.strip() or "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).resolve().parent
+    result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
 
 
 def available_memory() -> int:

@@ -108,6 +108,7 @@ def wrong_commands(document: Document) -> list[str]:
 def test_every_document_is_looked_at() -> None:
     names = {str(each.path.relative_to(ROOT)) for each in documents()}
     assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "benchmarks/README.md"} <= names
+    assert "benchmarks/results/README.md" in names
 
 
 def test_links_resolve(document: Document) -> None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of the README run one after the other, as a reader types them."""
+"""The examples of the README run as a reader types them, and its figures are those of the results."""
 
+import importlib
 import re
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -66,7 +68,44 @@ def test_the_two_commands_come_first() -> None:
     assert commands == ["make demo", "make test"]
 
 
-def test_there_is_one_place_for_the_benchmarks() -> None:
-    begin, end = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-    assert README.text.count(begin) == README.text.count(end) == 1
-    assert README.text.index(begin) < README.text.index(end)
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.report")
+
+
+def test_speed_is_a_short_table_of_the_results_that_shows_where_others_are_ahead(report: ModuleType) -> None:
+    results = report.Results.read(report.RESULTS / "latest.json")
+    speed = README.text.partition("\n## Speed\n")[2].partition("\n## ")[0]
+    _, block, after = re.split(r"<!-- benchmark:(?:begin|end) -->\n", speed)
+    assert block == report.readme_block(results) + "\n"
+    assert len(report.README_WORKS) <= 6
+    leads: dict[tuple[str, str], list[float]] = {}
+    for result in results.cases:
+        ours, peer = result.best(ours=True), result.best(ours=False)
+        if result.kind == "experts" and ours and peer:
+            lead = result.spread(peer).median / result.spread(ours).median
+            leads.setdefault((result.passes, result.dtype), []).append(lead)
+    worst = [f"{min(leads['forward', dtype]):.2f}" for dtype in ("float32", "bfloat16")]
+    assert re.findall(r"at worst (\d\.\d+)", after) == worst
+    assert all(f"| {figure} (" in block for figure in worst)  # what is worst is not left out of the table
+    assert "training was ahead" in after
+    assert min(leads["forward+backward", "float32"] + leads["forward+backward", "bfloat16"]) > 1
+
+
+def test_the_page_of_results_quotes_them(report: ModuleType) -> None:
+    _, *sections = re.split(r"^## ", (report.RESULTS / "README.md").read_text(), flags=re.MULTILINE)
+    for section in sections:
+        (folder,) = re.findall(r"\]\(([\w/]*)latest\.md\)", section)
+        results = report.Results.read(report.RESULTS / folder / "latest.json")
+        measured = [1.76]  # experts per token: an input
+        for verdict in report.judge(results):
+            measured += [value for value in (verdict.reached, verdict.lead, verdict.target.bound) if value]
+        for result in results.cases:
+            if result.kind == "gating":
+                measured.append(1e3 * result.spread(result.best(ours=True)).median)
+        for figure in re.findall(r"(?<![\w.])\d+\.\d+", section):
+            assert figure in {f"{value:.{len(figure.partition('.')[2])}f}" for value in measured}, figure
+        if said := re.search(r"Clean commit: (\d+) of the (\d+) cases", section):
+            clean = sum(not result.commit.endswith("-dirty") for result in results.cases)
+            assert [int(number) for number in said.groups()] == [clean, len(results.cases)]
