@@ -214,3 +214,10 @@ def test_the_page_says_who_may_use_whom() -> None:
             said[part] = {word.partition(".")[0] for word in re.findall(r"`([\w.]+)`", uses)}
     assert said.pop("csrc/bindings") == {"csrc"}
     assert said == tables
+
+
+def test_the_glossary_is_short() -> None:
+    glossary = (ROOT / "docs" / "architecture.md").read_text().partition("\n## Glossary\n")[2]
+    terms = re.findall(r"^- \*\*([\w -]+)\*\*: ((?:.|\n  )+)$", glossary, re.MULTILINE)
+    assert 20 <= len(terms) <= 30
+    assert [term for term, meaning in terms if meaning.count(".") != 1] == []  # one sentence each
