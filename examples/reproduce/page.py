@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,15 +107,16 @@ def introduction(comparison: Comparison, planned: int) -> str:
 
 Huang et al. 2024, [Harder Tasks Need More Experts](https://arxiv.org/abs/2403.07652), train on 100 B tokens. This page
 asks the same questions of models that one CPU core trains in minutes: {millions(parameters)} parameters with their
-experts, and {total:,} bytes each, of text and of tasks whose difficulty is known. It cannot confirm or refute the
-paper at its size. It shows what the method does where everything can be looked at.
+experts, and {total:,} bytes each, of text and of tasks whose difficulty is known. Models of this size cannot confirm or
+refute the paper. They show what the method does where everything can be inspected.
 
 Every number and every verdict below is computed by `python examples/reproduce/run.py --page` from the logs in
 `examples/reproduce/results/`. A figure such as 1.234 ± 0.056 is the mean over seeds and its 95% t-interval, which with
-{seeds} seeds is wide. It covers the seeds alone: other sizes, data and learning rates may give something else.
-Differences are taken seed by seed. What the paper publishes stands in columns that say so.
+{seeds} seeds is wide. The interval covers only the variation between seeds: other sizes, data and learning rates may
+give other results. Differences are taken seed by seed. Figures of the paper are in columns marked "published".
 
-Seeds that each model has: {counts}. {rest}
+Seeds of each model: {counts}.
+{rest}
 """
 
 
@@ -256,12 +258,12 @@ def models(comparison: Comparison, images: str) -> str:
 
 ![Validation loss over training]({images}/loss.svg)
 
-The lines are means over seeds, the bands their range; evaluations during training are on few sequences, the table is
-on many more. All models see the same bytes, in the same order for the same seed, and all models with experts have the
+The lines are means over seeds, the bands their range; evaluations during training use few sequences, the table uses
+many more. All models see the same bytes, in the same order for the same seed, and all models with experts have the
 same number of parameters. Dense has one feed-forward layer as wide as two experts: it activates what top-2 does, less
 the router. Top-1 weighs its expert by the raw probability and top-2 divides its two weights by their sum, each as is
-usual; dynamic routing uses raw probabilities, as the paper does. "Over training" counts every training step alike:
-what the training cost, while "experts per token" is what the trained model costs. Right answers are the mean over the
+usual; dynamic routing uses raw probabilities, as the paper does. "Over training" is the mean over all training steps,
+the cost of training; "experts per token" is the cost of the trained model. Right answers are the mean over the
 tasks below of the share of right bytes.
 """
 
@@ -325,16 +327,16 @@ def tasks(comparison: Comparison, images: str) -> str:
     return f"""
 ## By task
 
-Three quarters of the data are lines of these tasks in random order, told apart only by what they are written in:
+Three quarters of the data are lines of these tasks in random order; only their characters tell the tasks apart:
 
 ```text
 {example}
 ```
 
 Letters are copied, the x are counted, and digits are added modulo {MODULUS}, with {SUMS[0].depth} to {SUMS[-1].depth}
-operations. The sums are the graded task: they are made of the same bytes, and what they ask for is always the one digit
-after the `=`. The experts of an answer are those of the tokens that predict it, in a sum of the `=` itself; answers to
-questions of which a sequence holds only the end are left out. Right bytes, in percent:
+operations. The sums are the task with graded difficulty: they use the same bytes, and the answer is always the one
+digit after the `=`. The experts of an answer are those of the tokens that predict it; for a sum that is the `=`.
+Answers to questions of which a sequence holds only the end are left out. Right bytes, in percent:
 
 {table(("task", "best constant guess", *(variant.label for variant in VARIANTS)), right)}
 
@@ -346,9 +348,11 @@ Experts per token and layer:
 
 ![Experts and right answers by task]({images}/tasks.svg)
 
-Slope of the experts at the `=` over the number of operations: {slopes}. A longer sum also has a longer question:
-its `=` stands later in its line; these tasks do not separate the two. Where a model answers no better than the best
-constant guess, its experts tell what it does with a task that it has not learned.
+Slope of the experts at the `=` over the number of operations:
+{slopes}.
+A longer sum also has a longer question, so that its `=` stands later in the line; these tasks do not separate length
+from difficulty. Where a model answers no better than the best constant guess, the number of experts is that of a task
+that the model has not learned.
 """
 
 
@@ -471,10 +475,11 @@ def setting(comparison: Comparison) -> str:
         ("balance, dynamic, z-loss", f"{settings['balance']}, {settings['dynamic']}, {settings['router_z']}"),
     ]
     tokens = comparison.of(DYNAMIC)[0]["measured"]["tasks"]
-    answers = ", ".join(f"{name} {figures['tokens']:,}" for name, figures in tokens.items())
+    answers = textwrap.fill(", ".join(f"{name} {figures['tokens']:,}" for name, figures in tokens.items()), 120)
     corpus = comparison.results[0]["corpus"]
     environments = sorted({tuple(sorted(each["environment"].items())) for each in comparison.results})
-    machines = "\n".join("- " + ", ".join(f"{name}: {value}" for name, value in each) for each in environments)
+    described = [", ".join(f"{name}: {value}" for name, value in each) for each in environments]
+    machines = "\n".join(textwrap.fill(f"- {each}", 120, subsequent_indent="  ") for each in described)
     return f"""
 ## What was trained, and how to do it again
 
@@ -487,11 +492,12 @@ python examples/reproduce/run.py --fresh   # trains all runs, one after the othe
 python examples/reproduce/run.py --page    # only the page, from the logged results
 ```
 
-A run that is stopped in any way goes on from its last checkpoint under `runs/` and ends with the same weights to the
-bit. The packages are in `requirements/demo.txt` and `requirements/reproduce.txt`. The trainer is the demo's, in
+A run that was stopped continues from its last checkpoint under `runs/` and ends with the same weights, bit for bit. The
+packages are in `requirements/demo.txt` and `requirements/reproduce.txt`. The trainer is the demo's, in
 `examples/byte_lm/`. The text is {corpus["text"]}, split by file, in blocks between blocks of problems:
 {corpus["bytes"]:,} bytes, of which a run sees less than one pass. Bytes that the figures by task rest on, in each run:
-{answers}. Short problems occur both in training and in what is measured, since there are few of them (a sum with one
+{answers}.
+Short problems occur both in training and in what is measured, since there are few of them (a sum with one
 operation has {MODULUS**2} questions): their answers can be remembered.
 
 What else differs from the paper: bytes instead of tokens, models and trainings smaller by orders of magnitude,
