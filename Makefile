@@ -19,7 +19,7 @@ INSTALL := $(VENV) -m pip install --quiet --disable-pip-version-check --no-build
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench cuda-check gpu-check lint format wheel clean
+.PHONY: help demo test check bench cuda-check gpu-check lint format wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test: ## build everything, run ctest and pytest at every CPU level that this mac
 	@$(NEEDS) build demo reproduce test
 	@echo "Building the extension" && $(TEST_BUILD) $(INSTALL)
 	$(VENV) tests/run_all.py $(TEST_ARGS)
+
+check: ## lint, build and test what has changed, in under a minute; needs one `make test` before
+	@$(NEEDS) build demo reproduce test lint
+	@$(TEST_BUILD) $(VENV) tests/check.py
 
 bench: ## measure against this machine's ceilings and other implementations (BENCH_ARGS)
 	@$(NEEDS) build bench

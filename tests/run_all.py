@@ -126,6 +126,24 @@ def summary(outcomes: list[Outcome], left_out: str = "") -> int:
     return 1 if failed else 0
 
 
+def slowest(reports: Iterable[Path], count: int = 10) -> str:
+    """Say which tests took longest, and how long those of each folder or file took together."""
+    tests: list[tuple[float, str]] = []
+    groups: dict[str, float] = {}
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            seconds, name, owner = float(case.get("time") or 0), str(case.get("name")), str(case.get("classname"))
+            is_ctest = owner == name
+            group = re.sub(r"\.\d.*|\.(scalar|a[mv]x\w*)\..*", "", name) if is_ctest else owner.split(".")[2]
+            tests.append((seconds, name if is_ctest else f"{group}::{name}"))
+            groups[group] = groups.get(group, 0.0) + seconds
+    lines = ["", "Slowest tests, seconds"]
+    lines += [f"{seconds:7.1f}  {name}" for seconds, name in sorted(tests, reverse=True)[:count]]
+    lines += ["Folders and files, seconds of one core"]
+    lines += [f"{seconds:7.0f}  {name}" for name, seconds in sorted(groups.items(), key=lambda each: -each[1])[:count]]
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="release", help="CMake preset of the unit tests")
@@ -138,6 +156,7 @@ def main() -> int:
     for level in levels:
         arguments = ["-n", str(options.jobs), *pytest_arguments]
         outcomes.append(run_pytest(level, arguments))
+    print(slowest(sorted(RESULTS.glob("*.xml"))))
     return summary(outcomes, left_out)
 
 

@@ -6,6 +6,9 @@ below the best level; ``--hypothesis-profile=thorough`` draws many, other ones e
 """
 
 import os
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,13 @@ settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("ci" if IS_BEST_LEVEL else "level")
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faster-than", type=float, help="leave out tests that took longer at the last `make test`")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", LEVEL_INDEPENDENT)
     config.addinivalue_line("markers", GPU)
@@ -39,7 +49,28 @@ def why_no_gpu() -> str | None:
     return None if _C.cuda_architectures() else "no CUDA kernels in this build"
 
 
+def without_slow_tests(items: list[pytest.Item], seconds: float) -> list[pytest.Item]:
+    """Return the tests that took less than `seconds`, those that are new, and all that are in changed files."""
+    report = ROOT / "build" / "test-results" / f"pytest-{_C.cpu_isa()}.xml"
+    took = {
+        (case.get("classname"), case.get("name")): float(case.get("time") or 0)
+        for case in ElementTree.parse(report).iter("testcase")
+    }
+    changed = subprocess.run(
+        ["git", "diff", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    def is_fast(item: pytest.Item) -> bool:
+        path, *classes, _ = item.nodeid.split("[")[0].split("::")
+        name = ".".join((path.removesuffix(".py").replace("/", "."), *classes))
+        return path in changed.stdout.split() or took.get((name, item.name), 0.0) < seconds
+
+    return [item for item in items if is_fast(item)]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if seconds := config.getoption("--faster-than"):
+        items[:] = without_slow_tests(items, seconds)
     if reason := why_no_gpu():
         for item in items:
             if item.get_closest_marker("gpu"):

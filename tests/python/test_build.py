@@ -445,3 +445,23 @@ class TestInfo:
         found["dynamic_moe"] |= {"cuda": "13.0", "cuda_architectures": ["8.0", "12.0+PTX"]}
         assert "for 8.0, 12.0+PTX (CUDA 13.0)" in info.as_text(found)
         assert "NVIDIA H200 (compute capability 9.0, 139.8 GiB)" in info.as_text(found)
+
+
+def test_hooks_of_commits_use_the_versions_of_make_lint() -> None:
+    pins = (ROOT / "requirements" / "lint.txt").read_text().split()
+    hooks = re.findall(r"additional_dependencies: \[(.+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert set(hooks) == {pin for pin in pins if pin.startswith(("ruff==", "clang-format=="))}
+
+
+def test_what_is_checked_follows_from_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    check = load(ROOT / "tests" / "check.py")
+    folders = ["common", "gating", "permutation"]
+    assert check.commands(["README.md"], folders, "avx2") == {}
+    python = check.commands(["dynamic_moe/layer.py"], folders, "avx2")
+    assert list(python) == ["ruff", "ruff format", "mypy", "pytest"]
+    kernel = check.commands(["csrc/gating/x.cuh"], folders, "avx2")
+    assert kernel["the C++ tests"][-2:] == ["gating_test", "gating_simt_test"]
+    assert kernel["ctest"][-1] == r"^(gating)\.avx2\.|^cuda\.(gating)\.0-late\."
+    assert "ruff" not in kernel
+    assert "(common|gating|permutation)" in check.commands(["tests/simt/y.h"], folders, "avx2")["ctest"][-1]
